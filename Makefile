@@ -1,0 +1,65 @@
+# make demo    set up, run the notebook from top to bottom, print the scenarios' results
+# make lab     set up, open the notebook in JupyterLab
+# make test    set up, run all tests
+# make check   set up, check format, lint and types
+# make format  put the code into its format
+# make notebook  run the notebook and keep its outputs in it
+# make clean   remove what the set-up made
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Stamps: a second run does not install again, a changed requirements file does.
+RUN := .venv/run-time-is-installed
+DEV := .venv/development-is-installed
+REDIS := .redis/redis-server
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help demo lab test check format notebook clean
+
+help:
+	@grep -E '^# make' Makefile | sed 's/^# //'
+
+demo: $(RUN) $(REDIS)
+	@$(BIN)/python run_notebook.py
+
+lab: $(RUN) $(REDIS)
+	@$(BIN)/jupyter lab dicom_redis.ipynb
+
+notebook: $(RUN) $(REDIS)
+	@$(BIN)/python run_notebook.py --in-place
+
+test: $(DEV) $(REDIS)
+	@$(BIN)/python -m pytest
+
+check: $(DEV)
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: $(DEV)
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ...' >&2; exit 1; }
+	@$(PYTHON) -m venv .venv || \
+		{ rm -rf .venv; echo 'Python cannot make a virtual environment: apt-get install python3-venv' >&2; exit 1; }
+
+$(RUN): requirements.txt | .venv/bin/python
+	@echo 'Installing what the notebook needs into .venv (once, a minute or two) ...'
+	@$(PIP) install -r requirements.txt
+	@touch $@
+
+$(DEV): requirements-dev.txt $(RUN)
+	@echo 'Installing what tests and checks need into .venv (once) ...'
+	@$(PIP) install -r requirements-dev.txt
+	@touch $@
+
+$(REDIS): | .venv/bin/python
+	@echo 'Installing the embedded Redis into .redis (once, 53 MB) ...'
+	@$(BIN)/python redis_server.py install
+
+clean:
+	rm -rf .venv .redis

@@ -1,0 +1,1034 @@
+"""DICOM files in Redis: one JSON document a file, its bytes as string chunks, one search index.
+
+>>> from dicom_helpers import connect, DicomStore
+>>> store = DicomStore(connect())
+>>> report = store.load("data/dicom")
+>>> image = store.read("CT_small.dcm")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import secrets
+import stat
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, BinaryIO, NamedTuple
+
+import pandas as pd
+import pydicom
+import redis
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import NoPermissionError
+from redis.retry import Retry
+from tqdm import tqdm
+
+import documents
+from errors import (
+    AmbiguousNameError,
+    AnotherImageError,
+    DamagedError,
+    DicomRedisError,
+    MissingChunkError,
+    NotDicomError,
+    NotStoredError,
+    SearchError,
+    SearchTimeoutError,
+    ServerError,
+)
+from layout import (
+    BATCH_BYTES,
+    DEFAULT_CHUNK_SIZE,
+    DOCUMENT_PREFIX,
+    KEYS_PER_COMMAND,
+    STORAGE_MEMBERS,
+    Document,
+    Layout,
+    checked_path,
+    document_key,
+    parse_document,
+    path_of,
+    plan_tail,
+    shown_path,
+)
+from queries import (
+    INDEX,
+    INDEX_FIELDS,
+    SEARCH_TIMEOUT_MS,
+    TIMED_OUT,
+    UNSORTED_FIELDS,
+    build_query,
+    cell,
+    check_field,
+    has_fractions,
+    refuse_partial,
+)
+from redis_server import shared_server
+
+LEASE_MS = 5000
+#: Longer than a search may take, and with few retries: redis-py would by default send a slow
+#: command again and again.
+SOCKET_TIMEOUT_S = 30.0
+#: How often a read or a load starts over when the file is replaced under it.
+ATTEMPTS = 20
+CHANGED = "changed while it was read; load it again"
+UNINDEXED = "stored, but no search finds it: a value does not fit the type of an indexed field"
+SEARCH_PAGE = 10_000
+OWN_REDIS = (
+    "Use Redis 8 or Redis Stack (`docker compose up -d`), or leave REDIS_URL unset for the "
+    "embedded server."
+)
+
+
+# --- connecting ----------------------------------------------------------------------------------
+
+
+def connect(url: str | None = None) -> redis.Redis:
+    """Return a client of the Redis at `url`, else at ``$REDIS_URL``, else of the embedded one.
+
+    Parameters
+    ----------
+    url : str, optional
+        As redis-py reads it: ``redis://user:password@host:port``, ``rediss://`` for TLS (with
+        ``?ssl_ca_certs=...``) or ``unix://path?password=...``.
+
+    Returns
+    -------
+    redis.Redis
+        Another client of the same server at every call.
+
+    Raises
+    ------
+    ServerError
+        If the URL cannot be read, or the server cannot be reached or refuses the login.
+    RedisServerError
+        If the embedded server is wanted and cannot start.
+    """
+    url = url or os.environ.get("REDIS_URL") or shared_server().url
+    try:
+        client = redis.Redis.from_url(
+            url,
+            socket_timeout=SOCKET_TIMEOUT_S,
+            socket_connect_timeout=5,
+            socket_read_size=DEFAULT_CHUNK_SIZE,
+            retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=3),
+        )
+        client.ping()
+    except (TypeError, ValueError):
+        # Not `from error`: it may quote a piece of the password.
+        raise ServerError(
+            "REDIS_URL cannot be read: write it as redis://user:password@host:port, rediss://... "
+            "or unix://..., with / # ? @ : % in the password as %2F %23 %3F %40 %3A %25."
+        ) from None
+    except redis.AuthenticationError as error:
+        raise ServerError(
+            "Redis refuses the login: user or password is wrong or missing. Check REDIS_URL."
+        ) from error
+    except (redis.RedisError, OSError) as error:
+        raise ServerError(f"Redis cannot be used: {error}. Check REDIS_URL.") from error
+    return client
+
+
+def _binary_client(client: redis.Redis) -> redis.Redis:
+    """Return `client`, or a copy that hands out bytes and speaks RESP3, as this module needs."""
+    pool = client.connection_pool
+    settings = dict(pool.connection_kwargs)
+    if settings.get("db"):
+        raise ServerError(
+            f"Database {settings['db']} cannot be used: RediSearch indexes database 0 alone. "
+            "Leave the number out of REDIS_URL."
+        )
+    if not settings.get("decode_responses") and str(settings.get("protocol") or 3) == "3":
+        return client
+    settings.update(decode_responses=False, protocol=3)
+    return redis.Redis(
+        connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **settings)
+    )
+
+
+def _server_words(error: BaseException) -> str:
+    """Return a server's error text without the command: its arguments may be a patient's data."""
+    return str(error).rpartition("of pipeline caused error: ")[2]
+
+
+# --- the store -----------------------------------------------------------------------------------
+
+
+class DicomStore:
+    """DICOM files in one Redis.
+
+    Parameters
+    ----------
+    client : redis.Redis
+        Stays the caller's to close. A client that decodes responses is copied without that.
+    chunk_size : int, optional
+        Length of a chunk in bytes, 1 to 16 MiB.
+    progress : bool, optional
+        Whether long work shows a progress bar.
+
+    Raises
+    ------
+    ServerError
+        If the client selects a database other than 0.
+    """
+
+    def __init__(
+        self, client: redis.Redis, *, chunk_size: int = DEFAULT_CHUNK_SIZE, progress: bool = True
+    ) -> None:
+        if not 1 <= chunk_size <= BATCH_BYTES:
+            raise ValueError(f"chunk_size is {chunk_size}; it can be 1 to {BATCH_BYTES} bytes.")
+        self.chunk_size = chunk_size
+        self.progress = progress
+        self._client = _binary_client(client)
+        self._index_known = False
+
+    def __repr__(self) -> str:
+        return f"DicomStore(chunk_size={self.chunk_size})"
+
+    def server(self) -> pd.Series[str]:
+        """Return which server answers: its version, those of its engines, and whose it is."""
+        hello = self._client.execute_command("HELLO")
+        engines = {module[b"name"].decode(): module[b"ver"] for module in hello[b"modules"]}
+
+        def version(name: str) -> str:
+            number = engines.get(name, 0)
+            return f"{number // 10000}.{number // 100 % 100}.{number % 100}" if number else "none"
+
+        return pd.Series(
+            {
+                "Redis": hello[b"version"].decode(),
+                "search engine": version("search"),
+                "JSON engine": version("ReJSON"),
+                "whose": "yours (REDIS_URL)" if os.environ.get("REDIS_URL") else "embedded",
+            }
+        )
+
+    # --- writing ---
+
+    def load(
+        self, source: str | os.PathLike[str], *, under: str = "", replace: bool = False
+    ) -> pd.DataFrame:
+        """Load a DICOM file, or every DICOM file below a folder.
+
+        Linked files are loaded, linked folders are listed and not entered. A file that is stored
+        already is sent again only if it differs or has lost a chunk.
+
+        Parameters
+        ----------
+        source : path
+            A file, or a folder; a file's path in the store is relative to that folder.
+        under : str, optional
+            A folder in the store to put the files under, say ``"cd2"``.
+        replace : bool, optional
+            Whether another image (another SOP Instance UID) may take the place of a stored one.
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row for every file: ``path``, ``key``, ``size`` (bytes), ``chunks``, ``status``
+            (loaded, replaced, unchanged or skipped) and ``reason``.
+
+        Raises
+        ------
+        FileNotFoundError
+            If `source` does not exist.
+        ServerError
+            If the server cannot take the files; those loaded so far stay.
+        """
+        source = Path(source)
+        if not source.exists():
+            raise FileNotFoundError(f"There is no file or folder {source}.")
+        prefix = f"{checked_path(under.strip('/'))}/" if under else ""
+        self._ensure_index()
+        found = [(source.name, source, "")] if source.is_file() else list(_walk(source))
+        rows = []
+        for relative, file, problem in self._bar(found, "Loading", "file"):
+            path = prefix + relative
+            row: dict[str, Any] = {"path": shown_path(path), "key": "", "size": 0, "chunks": 0}
+            if problem:
+                rows.append({**row, "status": "skipped", "reason": problem})
+                continue
+            try:
+                row["size"] = file.stat().st_size
+                with open(file, "rb", buffering=0) as handle:
+                    rows.append(row | self._store(path, handle, row["size"], replace=replace))
+            except ServerError:
+                raise
+            except (OSError, NotDicomError, DamagedError) as error:
+                reason = getattr(error, "strerror", None) or str(error)
+                rows.append({**row, "status": "skipped", "reason": reason})
+        unindexed = self._unindexed([row["key"] for row in rows if row["key"]])
+        for row in rows:
+            if row["key"] in unindexed:
+                row["reason"] = UNINDEXED
+        return pd.DataFrame(rows, columns=["path", "key", "size", "chunks", "status", "reason"])
+
+    def put(
+        self,
+        path: str,
+        image: bytes | bytearray | memoryview | pydicom.Dataset,
+        *,
+        replace: bool = False,
+    ) -> str:
+        """Store one image from memory.
+
+        Parameters
+        ----------
+        path : str
+            Its path in the store.
+        image : bytes-like or pydicom.Dataset
+            A DICOM file's bytes, stored verbatim, or a data set, written as a DICOM file (PS3.10).
+        replace : bool, optional
+            Whether it may take the place of another image (another SOP Instance UID).
+
+        Returns
+        -------
+        str
+            The key of its document.
+
+        Raises
+        ------
+        NotDicomError
+            If the bytes are not DICOM or the data set cannot be written.
+        AnotherImageError
+            If the path holds another image and `replace` is not set.
+        SearchError
+            If the image is stored, but the index does not take its document.
+        """
+        checked_path(path)
+        if isinstance(image, pydicom.Dataset):
+            buffer = io.BytesIO()
+            try:
+                pydicom.dcmwrite(buffer, image, enforce_file_format=True)
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
+                raise NotDicomError(
+                    f"The data set for {path} cannot be written as a DICOM file "
+                    f"({type(error).__name__}): it needs a SOPClassUID, a SOPInstanceUID and a "
+                    "TransferSyntaxUID."
+                ) from None
+            buffer.seek(0)
+        else:
+            buffer = io.BytesIO(image)
+        self._ensure_index()
+        key = str(self._store(path, buffer, buffer.getbuffer().nbytes, replace=replace)["key"])
+        if self._unindexed([key]):
+            raise SearchError(f"{key} is {UNINDEXED}.")
+        return key
+
+    def _store(self, path: str, file: BinaryIO, size: int, *, replace: bool) -> dict[str, Any]:
+        """Store one file under `path`; return its row of the report."""
+        if size == 0:
+            raise NotDicomError("an empty file")
+        if size <= BATCH_BYTES:
+            file = io.BytesIO(file.read())
+        modified = _modified(file)
+        members = documents.describe(file)
+        if members is None:
+            raise NotDicomError("not DICOM: neither DICM nor a SOP Class UID")
+        key = document_key(path)
+        tail = plan_tail(size, self.chunk_size)
+        reason = "its header could be read only in part" if "headerPartial" in members else ""
+        row = {"key": key, "chunks": size // self.chunk_size + len(tail)}
+        current = self._current(key)
+        if current is not None:
+            if self._holds(current, size, _sha256(file)):
+                return {**row, "status": "unchanged", "reason": reason}
+            _refuse_another_image(key, current, members, replace)
+        for _ in range(ATTEMPTS):
+            layout = Layout(key, secrets.token_hex(6), size, self.chunk_size, tail)
+            try:
+                with _Lease(self._client, layout.lease):
+                    sha256, crc = self._send(layout, file)
+                    if _modified(file) != modified:
+                        raise OSError(errno.EIO, CHANGED)
+                    document = {
+                        "imageName": shown_path(path.rpartition("/")[2]),
+                        "size": size,
+                        "sha256": sha256,
+                        "version": layout.version,
+                        "chunkSize": layout.chunk_size,
+                        "tail": tail,
+                        "crc": crc,
+                        "chunks": [layout.chunk_key(n) for n in range(layout.count)],
+                        **members,
+                    }
+                    status = self._commit(layout, document, replace)
+            except BaseException as error:
+                # What cannot be taken back now, `sweep` finds once the lease has run out.
+                with contextlib.suppress(redis.RedisError):
+                    self._abandon(layout)
+                if isinstance(error, redis.RedisError):
+                    raise ServerError(
+                        f"{key} could not be stored: {_server_words(error)}"
+                    ) from None
+                raise
+            if status is None and self._abandon(layout):
+                status = "loaded" if current is None else "replaced"
+            if status is not None:
+                return {**row, "status": status, "reason": reason}
+        raise ServerError(
+            f"{key} could not be stored: its lease of {LEASE_MS} ms ran out {ATTEMPTS} times. The "
+            "connection to Redis is too slow or stalls."
+        )
+
+    def _current(self, key: str, client: redis.Redis | None = None) -> _Current | None:
+        """Return what is stored at `key` now, or None."""
+        members = self._members(key, (*STORAGE_MEMBERS, "sopInstanceUID"), client)
+        if members is None:
+            return None
+        with contextlib.suppress(DamagedError):
+            return _Current(parse_document(key, members), members.get("sopInstanceUID"))
+        return _Current(None, members.get("sopInstanceUID"))
+
+    def _members(
+        self, key: str, names: Sequence[str], client: redis.Redis | None = None
+    ) -> dict[str, Any] | None:
+        try:
+            reply = (client or self._client).execute_command(
+                "JSON.GET", os.fsencode(key), *(f"$.{name}" for name in names)
+            )
+        except redis.ResponseError as error:
+            if "unknown command" in str(error).lower():
+                raise ServerError(f"This Redis has no JSON engine. {OWN_REDIS}") from error
+            if "wrong" not in str(error).lower():
+                raise
+            raise DamagedError(f"The key {key} holds something else than a document.") from error
+        if reply is None:
+            return None
+        found = json.loads(reply)
+        if len(names) == 1:  # of a single path, Redis gives the values alone
+            found = {f"$.{names[0]}": found}
+        return {name: values[0] for name in names if (values := found[f"$.{name}"])}
+
+    def _holds(self, current: _Current, size: int, sha256: str) -> bool:
+        """Whether `current` is this very content, cut alike, with every chunk there."""
+        document = current.document
+        if document is None or document.sha256 != sha256 or document.layout.size != size:
+            return False
+        if document.layout.chunk_size != self.chunk_size:
+            return False
+        layout = document.layout
+        with self._client.pipeline(transaction=False) as pipe:
+            for keys in layout.key_groups():
+                pipe.exists(*keys)
+            return bool(sum(pipe.execute()) == layout.count)
+
+    def _send(self, layout: Layout, file: BinaryIO) -> tuple[str, list[int]]:
+        """Send the chunks; return SHA-256 and the chunks' CRC-32 of the very bytes sent."""
+        sha256, crc = hashlib.sha256(), []
+        file.seek(0)
+        for batch in layout.batches():
+            with self._client.pipeline(transaction=False) as pipe:
+                for number in batch:
+                    chunk = file.read(layout.length(number))
+                    if len(chunk) != layout.length(number):
+                        raise OSError(errno.EIO, CHANGED)
+                    sha256.update(chunk)
+                    crc.append(zlib.crc32(chunk))
+                    pipe.set(layout.chunk_key(number), chunk)
+                pipe.execute()
+        if file.read(1):
+            raise OSError(errno.EIO, CHANGED)
+        return sha256.hexdigest(), crc
+
+    def _commit(self, layout: Layout, members: Mapping[str, Any], replace: bool) -> str | None:
+        """Let the document name the chunks sent; return the status, or None if the lease lapsed."""
+        text = json.dumps(members, ensure_ascii=False, allow_nan=False)
+        with self._client.pipeline() as pipe:
+            while True:
+                pipe.watch(layout.key, layout.lease)
+                if not pipe.exists(layout.lease):
+                    return None
+                current = self._current(layout.key, pipe)
+                if current is not None:
+                    if self._holds(current, layout.size, members["sha256"]):
+                        # Another loader was first, with the same bytes.
+                        pipe.reset()
+                        self._unlink(layout)
+                        return "unchanged"
+                    _refuse_another_image(layout.key, current, members, replace)
+                pipe.multi()
+                pipe.execute_command("JSON.SET", layout.key, "$", text)
+                pipe.delete(layout.lease)
+                try:
+                    pipe.execute()
+                except redis.WatchError:
+                    continue
+                break
+        if current is None:
+            return "loaded"
+        if current.document is not None:
+            self._unlink(current.document.layout)
+        return "replaced"
+
+    def _abandon(self, layout: Layout) -> bool:
+        """Take back what was sent, unless it turns out to be committed; return whether it is."""
+        # Without the lease no commit still under way can succeed: it watches that key.
+        self._client.unlink(layout.lease)
+        with contextlib.suppress(DamagedError):  # a foreign key that has taken the place
+            members = self._members(layout.key, ("version",))
+            if members is not None and members.get("version") == layout.version:
+                return True
+        self._unlink(layout)
+        return False
+
+    def _unlink(self, layout: Layout) -> None:
+        with self._client.pipeline(transaction=False) as pipe:
+            for keys in layout.key_groups():
+                pipe.unlink(*keys)
+            pipe.unlink(layout.lease)
+            pipe.execute()
+
+    def delete(self, name: str) -> None:
+        """Delete a stored file: its document first, so that no reader meets half of it.
+
+        Parameters
+        ----------
+        name : str
+            Key, path or unambiguous imageName.
+
+        Raises
+        ------
+        NotStoredError, AmbiguousNameError
+            If the name is not that of one stored file.
+        """
+        key, _ = self._lookup(name, ("version",))
+        with self._client.pipeline() as pipe:
+            while True:
+                pipe.watch(key)
+                current = self._current(key, pipe)
+                pipe.multi()
+                pipe.delete(key)
+                try:
+                    pipe.execute()
+                except redis.WatchError:
+                    continue
+                break
+        if current is not None and current.document is not None:
+            self._unlink(current.document.layout)
+
+    # --- reading ---
+
+    def read(self, name: str, *, into: Any = None) -> Any:
+        """Return the bytes of a stored file, each chunk checked by its length and CRC-32.
+
+        Parameters
+        ----------
+        name : str
+            Key, path or unambiguous imageName; a path wins over an imageName. By key or path it
+            takes two round trips for a file of up to 16 MiB, by imageName one more.
+        into : writable buffer, optional
+            Filled in place, for large files; at least as long as the file.
+
+        Returns
+        -------
+        bytes, or memoryview
+            The file, or the part of `into` that it fills.
+
+        Raises
+        ------
+        NotStoredError, AmbiguousNameError
+            If the name is not that of one stored file.
+        MissingChunkError, DamagedError
+            If the file cannot be given back as it was stored; the chunk is named.
+        """
+
+        def whole(document: Document) -> Any:
+            if into is None:
+                return b"".join(chunk for batch in self._batches(document) for chunk in batch)
+            view = memoryview(into).cast("B")
+            if len(view) < document.layout.size:
+                raise ValueError(
+                    f"The buffer has {len(view)} bytes, {document.key} {document.layout.size}."
+                )
+            position = 0
+            for batch in self._batches(document):
+                for chunk in batch:
+                    view[position : position + len(chunk)] = chunk
+                    position += len(chunk)
+            return view[:position]
+
+        return self._consistently(name, whole)
+
+    def chunk_keys(self, name: str) -> list[str]:
+        """Return the keys of a stored file's chunks, in order; `name` as for :meth:`read`."""
+        layout = parse_document(*self._lookup(name, STORAGE_MEMBERS)).layout
+        return [layout.chunk_key(number) for number in range(layout.count)]
+
+    def restore(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> pd.DataFrame:
+        """Write every stored file below `folder`, after checking it against its SHA-256.
+
+        A file appears whole or not at all. Nothing is written outside `folder`, and no link below
+        it is followed.
+
+        Parameters
+        ----------
+        folder : path
+            Made if missing.
+        overwrite : bool, optional
+            Whether a file that exists may be replaced.
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row for every document: ``path``, ``key``, ``size`` (bytes), ``status`` (restored,
+            skipped or damaged) and ``reason``.
+        """
+        root = Path(folder)
+        root.mkdir(parents=True, exist_ok=True)
+        root = root.resolve()
+
+        def write(document: Document) -> str:
+            target = _target(root, document.key)
+            if not overwrite and os.path.lexists(target):
+                raise FileExistsError(errno.EEXIST, "exists; overwrite=True replaces it")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            scratch = target.with_name(f".restore-{secrets.token_hex(6)}")
+            try:
+                with scratch.open("xb") as file:
+                    for chunk in self._checked_chunks(document):
+                        file.write(chunk)
+                scratch.replace(target)
+            finally:
+                scratch.unlink(missing_ok=True)
+            return "restored"
+
+        return self._each("Restoring", write)
+
+    def verify(self) -> pd.DataFrame:
+        """Check every stored file: its chunks' lengths and CRC-32, and its SHA-256.
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row for every document: ``path``, ``key``, ``size`` (bytes), ``status`` (ok or
+            damaged) and ``reason``, which names the first damaged chunk.
+        """
+
+        def check(document: Document) -> str:
+            for _ in self._checked_chunks(document):
+                pass
+            return "ok"
+
+        return self._each("Verifying", check)
+
+    def _each(self, label: str, action: Callable[[Document], str]) -> pd.DataFrame:
+        """Return a row for every document: what `action` says of it, or why it could not."""
+        rows = []
+        for key in self._bar(self._keys(), label, "file"):
+            row: dict[str, Any] = {
+                "path": shown_path(path_of(key)),
+                "key": shown_path(key),
+                "size": 0,
+            }
+
+            def act(document: Document, row: dict[str, Any] = row) -> str:
+                row["size"] = document.layout.size
+                return action(document)
+
+            try:
+                row |= {"status": self._consistently(key, act), "reason": ""}
+            except (MissingChunkError, DamagedError) as error:
+                row |= {"status": "damaged", "reason": str(error)}
+            except NotStoredError:
+                continue  # deleted meanwhile
+            except OSError as error:
+                row |= {"status": "skipped", "reason": error.strerror or str(error)}
+            rows.append(row)
+        return pd.DataFrame(rows, columns=["path", "key", "size", "status", "reason"])
+
+    def _keys(self) -> list[str]:
+        """Return the keys of all documents, sorted; also of those that no search finds."""
+        found = self._client.scan_iter(f"{DOCUMENT_PREFIX}*", count=10_000, _type="ReJSON-RL")
+        return sorted({os.fsdecode(key) for key in found})
+
+    def _lookup(self, name: str, members: Sequence[str]) -> tuple[str, dict[str, Any]]:
+        """Return key and members of the document that `name` means."""
+        keys = [document_key(name)]
+        if name.startswith(DOCUMENT_PREFIX):
+            keys.insert(0, name)
+        for key in keys:
+            found = self._members(key, members)
+            if found is not None:
+                return key, found
+        images = self.find(imageName=shown_path(name), columns=())
+        if len(images) > 1:
+            paths = ", ".join(images["path"][:3])
+            raise AmbiguousNameError(
+                f"{len(images)} stored files are named {shown_path(name)}; say which by its path: {paths}"
+                f"{', ...' if len(images) > 3 else '.'}"
+            )
+        found = self._members(images["key"].iloc[0], members) if len(images) else None
+        if found is None:
+            raise NotStoredError(f"No file {shown_path(name)!r} is stored: no key, path or name.")
+        return images["key"].iloc[0], found
+
+    def _consistently(self, name: str, action: Callable[[Document], Any]) -> Any:
+        """Return what `action` makes of one version of the file; start over if it is replaced."""
+        for _ in range(ATTEMPTS):
+            document = parse_document(*self._lookup(name, STORAGE_MEMBERS))
+            try:
+                return action(document)
+            except MissingChunkError:
+                now = self._members(document.key, ("version",))
+                if now is not None and now.get("version") == document.layout.version:
+                    raise
+        raise DicomRedisError(f"{document.key} is replaced faster than it can be read.")
+
+    def _batches(self, document: Document) -> Iterator[list[bytes]]:
+        """Yield the chunks in order, a batch at a time, each of its length and CRC-32."""
+        layout = document.layout
+        for batch in layout.batches():
+            keys = [layout.chunk_key(number) for number in batch]
+            chunks: list[Any] = self._client.mget(keys)
+            missing = [number for number in batch if chunks[number - batch.start] is None]
+            if missing:
+                raise MissingChunkError(
+                    f"{len(missing)} of the {layout.count} chunks of {layout.key} are gone, first "
+                    f"{layout.chunk_key(missing[0])}. Load the file again."
+                )
+            for number, chunk in zip(batch, chunks, strict=True):
+                if len(chunk) != layout.length(number) or zlib.crc32(chunk) != document.crc[number]:
+                    raise DamagedError(
+                        f"The chunk {layout.chunk_key(number)} is damaged: {len(chunk)} bytes "
+                        f"where {layout.length(number)} were stored, or other ones. Delete the file "
+                        "and load it again."
+                    )
+            yield chunks
+
+    def _checked_chunks(self, document: Document) -> Iterator[bytes]:
+        """Yield the chunks in order; raise after the last one if the SHA-256 is another."""
+        sha256 = hashlib.sha256()
+        for batch in self._batches(document):
+            for chunk in batch:
+                sha256.update(chunk)
+                yield chunk
+        if sha256.hexdigest() != document.sha256:
+            raise DamagedError(
+                f"{document.key} is damaged: its bytes do not have the SHA-256 that was stored. "
+                "Delete the file and load it again."
+            )
+
+    # --- searching ---
+
+    def find(
+        self, query: str = "", *, columns: Sequence[str] | None = None, **conditions: Any
+    ) -> pd.DataFrame:
+        """Find stored files by their indexed fields, in one round trip.
+
+        Parameters
+        ----------
+        query : str, optional
+            A query in RediSearch's own language (dialect 2), beside the conditions.
+        columns : sequence of str, optional
+            The indexed fields to show; all that any of the files has by default.
+        **conditions
+            ``field=value``; a list means one of several; a tuple ``(low, high)`` a range, where
+            None leaves one side open. Dates are ``20190131``, ``"2019-01-31"`` or
+            `datetime.date`.
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row for every file, in order of its path: ``path``, ``key`` and the columns.
+
+        Raises
+        ------
+        ValueError
+            If a field is not indexed or a value does not fit it.
+        SearchError, SearchTimeoutError
+            If there is no complete answer.
+        """
+        shown = list(INDEX_FIELDS) if columns is None else list(columns)
+        for name in shown:
+            check_field(name)
+        text, parameters = build_query(query, conditions)
+        page = ["LIMIT", "0", str(SEARCH_PAGE)]
+        reply = self._search(
+            "FT.SEARCH", text, parameters, "RETURN", str(len(shown)), *shown, *page
+        )
+        found = [(hit[b"id"], hit.get(b"extra_attributes", {})) for hit in reply[b"results"]]
+        if reply[b"total_results"] > len(found):
+            load = ["LOAD", str(len(shown) + 1), "@__key", *(f"@{name}" for name in shown)]
+            found = [(group[b"__key"], group) for group in self._groups(text, parameters, *load)]
+        rows = []
+        for key, values in sorted(found, key=lambda hit: hit[0]):
+            name_of = os.fsdecode(key)
+            row: dict[str, Any] = {"path": shown_path(path_of(name_of)), "key": name_of}
+            for name in shown:
+                value = values.get(name.encode())
+                row[name] = None if value is None else cell(name, value)
+            rows.append(row)
+        frame = pd.DataFrame(rows, columns=["path", "key", *shown])
+        for name in shown:
+            if INDEX_FIELDS[name] == "NUMERIC":
+                frame[name] = frame[name].astype(
+                    "Float64" if has_fractions(frame[name]) else "Int64"
+                )
+        return frame if columns is not None else frame.dropna(axis="columns", how="all")
+
+    def count_by(self, name: str, query: str = "", **conditions: Any) -> pd.Series[int]:
+        """Count the files by the values of an indexed field, largest count first.
+
+        Parameters
+        ----------
+        name : str
+            The field; files without it are not counted.
+        query, **conditions
+            As for :meth:`find`.
+
+        Returns
+        -------
+        pandas.Series
+            Counts by value.
+
+        Raises
+        ------
+        ValueError, SearchError, SearchTimeoutError
+            As for :meth:`find`.
+        """
+        check_field(name)
+        text, parameters = build_query(f"{query} -ismissing(@{name})", conditions)
+        reduce = ["GROUPBY", "1", f"@{name}", "REDUCE", "COUNT", "0", "AS", "count"]
+        counts = {
+            cell(name, group[name.encode()]): int(group[b"count"])
+            for group in self._groups(text, parameters, *reduce)
+        }
+        ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        return pd.Series(
+            [count for _, count in ordered],
+            index=pd.Index([value for value, _ in ordered], name=name),
+            name="count",
+            dtype="int64",
+        )
+
+    def _groups(
+        self, text: str, parameters: Sequence[str], *stages: str
+    ) -> list[dict[bytes, bytes]]:
+        """Return all rows of an aggregation. A cursor, since servers may cap an answer without."""
+        cursor_options = ["WITHCURSOR", "COUNT", str(SEARCH_PAGE)]
+        reply, cursor = self._search("FT.AGGREGATE", text, parameters, *stages, *cursor_options)
+        rows = [result[b"extra_attributes"] for result in reply[b"results"]]
+        while cursor:
+            reply, cursor = self._client.execute_command("FT.CURSOR", "READ", INDEX, cursor)
+            refuse_partial(reply)
+            rows += [result[b"extra_attributes"] for result in reply[b"results"]]
+        return rows
+
+    def _search(self, command: str, text: str, parameters: Sequence[str], *stages: str) -> Any:
+        """Send a search and, in the same round trip, ask whether the index can answer it."""
+        self._ensure_index()
+        with self._client.pipeline(transaction=False) as pipe:
+            pipe.execute_command("FT.INFO", INDEX)
+            pipe.execute_command(
+                command, INDEX, text, *stages, *parameters,
+                "TIMEOUT", str(SEARCH_TIMEOUT_MS), "DIALECT", "2",
+            )  # fmt: skip
+            info, reply = pipe.execute(raise_on_error=False)
+        if isinstance(info, Exception):
+            self._index_known = False
+            raise SearchError(f"The index {INDEX} cannot be used: {info}. Search again to make it.")
+        if int(info[b"indexing"]):
+            raise SearchError(
+                f"The index {INDEX} is still being built ({float(info[b'percent_indexed']):.0%}); "
+                "try again in a moment."
+            )
+        if isinstance(reply, Exception):
+            if "timeout" in str(reply).lower():
+                raise SearchTimeoutError(TIMED_OUT)
+            raise SearchError(f"The search engine refused the query: {reply}")
+        refuse_partial(reply[0] if isinstance(reply, list) else reply)
+        return reply
+
+    def _ensure_index(self) -> None:
+        """Make the index unless it is there."""
+        if self._index_known:
+            return
+        try:
+            self._client.execute_command("FT.INFO", INDEX)
+        except NoPermissionError as error:
+            raise ServerError(
+                f"This Redis user may not use the index {INDEX}: see the two ACL rules in README."
+            ) from error
+        except redis.ResponseError as error:
+            if "unknown command" in str(error).lower():
+                raise ServerError(f"This Redis has no search engine. {OWN_REDIS}") from error
+            self._create_index()
+        self._index_known = True
+
+    def _create_index(self) -> None:
+        schema: list[str] = []
+        for name, kind in INDEX_FIELDS.items():
+            exact = ["CASESENSITIVE"] if kind == "TAG" else []
+            present = ["INDEXMISSING", *(["INDEXEMPTY"] if kind == "TAG" else [])]
+            sortable = [] if name in UNSORTED_FIELDS else ["SORTABLE"]
+            schema += [f"$.{name}", "AS", name, kind, *exact, *present, *sortable]
+        try:
+            # Not through redis-py's TagField: it sends a SEPARATOR, which splits values at commas.
+            self._client.execute_command(
+                "FT.CREATE", INDEX, "ON", "JSON", "PREFIX", "1", DOCUMENT_PREFIX, "SCHEMA", *schema
+            )
+        except NoPermissionError as error:
+            raise ServerError(
+                f"The index {INDEX} is missing and this Redis user may not make it: let the owner "
+                "load or search once (README, the two ACL rules)."
+            ) from error
+        except redis.ResponseError as error:
+            if "json" in str(error).lower():
+                raise ServerError(f"This Redis has no JSON engine. {OWN_REDIS}") from error
+            if "already exists" not in str(error):  # another process was first
+                raise
+        self._wait_for_index()
+
+    def _wait_for_index(self) -> None:
+        """Wait until the index covers what was stored before it was made or altered."""
+        while int(self._client.execute_command("FT.INFO", INDEX)[b"indexing"]):
+            time.sleep(0.05)
+
+    def drop_index(self) -> None:
+        """Drop the index; the documents stay, and the next search makes it again."""
+        with contextlib.suppress(redis.ResponseError):
+            self._client.execute_command("FT.DROPINDEX", INDEX)
+        self._index_known = False
+
+    def _unindexed(self, keys: Sequence[str]) -> set[str]:
+        """Return those of the documents at `keys` that no search finds."""
+        self._wait_for_index()
+        missing = set(keys)
+        for first in range(0, len(keys), KEYS_PER_COMMAND):
+            group = keys[first : first + KEYS_PER_COMMAND]
+            only = ["INKEYS", str(len(group)), *group]
+            reply = self._search(
+                "FT.SEARCH", "*", (), *only, "NOCONTENT", "LIMIT", "0", str(len(group))
+            )
+            missing -= {os.fsdecode(hit[b"id"]) for hit in reply[b"results"]}
+        return missing
+
+    def _bar(self, items: Sequence[Any], label: str, unit: str) -> Iterable[Any]:
+        return tqdm(items, desc=label, unit=unit, disable=not self.progress, file=sys.stdout)
+
+
+class _Current(NamedTuple):
+    """What is stored at a key at one moment: a sound document or None, and its SOP Instance UID."""
+
+    document: Document | None
+    sop_instance_uid: str | None
+
+
+class _Lease:
+    """Says that a version is being loaded, for as long as the ``with`` block lasts.
+
+    It runs out ``LEASE_MS`` after its holder is gone; a load that finds it gone starts again.
+    """
+
+    def __init__(self, client: redis.Redis, key: str) -> None:
+        self._client = client
+        self._key = key
+        self._done = threading.Event()
+        self._renewer = threading.Thread(target=self._renew, daemon=True)
+
+    def __enter__(self) -> None:
+        self._client.set(self._key, b"", px=LEASE_MS)
+        self._renewer.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._done.set()
+        self._renewer.join()
+
+    def _renew(self) -> None:
+        while not self._done.wait(LEASE_MS / 3000):
+            # One that cannot be renewed runs out, and the commit notices. XX: never make it anew.
+            with contextlib.suppress(redis.RedisError):
+                self._client.set(self._key, b"", px=LEASE_MS, xx=True)
+
+
+def _refuse_another_image(
+    key: str, current: _Current, members: Mapping[str, Any], replace: bool
+) -> None:
+    stored, new = current.sop_instance_uid, members.get("sopInstanceUID")
+    if not replace and stored and new and stored != new:
+        raise AnotherImageError(
+            f"{key} holds another image (another SOP Instance UID): load with under='a folder' to "
+            "keep both, or with replace=True"
+        )
+
+
+def _modified(file: BinaryIO) -> int | None:
+    return None if isinstance(file, io.BytesIO) else os.fstat(file.fileno()).st_mtime_ns
+
+
+def _sha256(file: BinaryIO) -> str:
+    # Not hashlib.file_digest: it hands a BytesIO over whole, and reads 256 KiB at a time otherwise.
+    sha256 = hashlib.sha256()
+    file.seek(0)
+    while piece := file.read(DEFAULT_CHUNK_SIZE):
+        sha256.update(piece)
+    return sha256.hexdigest()
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def _walk(root: Path) -> Iterator[tuple[str, Path, str]]:
+    """Yield (path relative to `root`, file, why it cannot be loaded) in a stable order."""
+    folders = [("", root)]
+    while folders:
+        prefix, folder = folders.pop()
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name))
+        except OSError as error:
+            yield prefix.rstrip("/") or folder.name, folder, error.strerror or str(error)
+            continue
+        inner = []
+        for entry in entries:
+            path = prefix + entry.name
+            problem = ""
+            try:
+                if entry.is_dir(follow_symlinks=False):
+                    inner.append((f"{path}/", Path(entry.path)))
+                    continue
+                if entry.is_dir():
+                    problem = "a link to a folder; links to folders are not followed"
+                elif not stat.S_ISREG(entry.stat().st_mode):
+                    problem = "not a regular file"
+            except OSError as error:
+                problem = error.strerror or str(error)
+            yield path, Path(entry.path), problem
+        folders += reversed(inner)
+
+
+def _target(root: Path, key: str) -> Path:
+    """Return where the file of `key` is restored below `root`; refuse what leads elsewhere."""
+    path = path_of(key)
+    pure = PurePosixPath(path)
+    sound = (
+        document_key(path) == key
+        and "\0" not in path
+        and path == str(pure)
+        and not pure.is_absolute()
+        and ".." not in pure.parts
+        and pure.parts
+    )
+    if not sound:
+        raise PermissionError(
+            errno.EPERM, f"{shown_path(path)!r} is no path below the folder; refused"
+        )
+    target = root.joinpath(*pure.parts)
+    if any((root / parent).is_symlink() for parent in pure.parents):
+        raise PermissionError(errno.EPERM, f"{shown_path(path)!r} leads through a link; refused")
+    return target

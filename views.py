@@ -1,0 +1,184 @@
+"""What the notebook shows: figures, timings and dumps, so that the store needs no matplotlib."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import redis
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from pydicom.dataset import Dataset
+
+import pixels
+from dicom_helpers import DicomStore
+
+#: Legible on white and on dark pages alike, and in greyscale.
+BLUE = "#2a6fbb"
+WIDTH_INCHES = 9.0
+
+Result = TypeVar("Result")
+
+
+class Timing(NamedTuple):
+    """How long one call took, in ms: the first one, and the quartiles of those after it."""
+
+    first: float
+    lower: float
+    median: float
+    upper: float
+    repeats: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.median:.2f} ms (median of {self.repeats}; middle half {self.lower:.2f}–"
+            f"{self.upper:.2f}; first call {self.first:.2f})"
+        )
+
+
+def timed(function: Callable[[], Result], *, repeats: int = 200) -> tuple[Result, Timing]:
+    """Call `function` once, then `repeats` times more; return its result and how long it took.
+
+    Parameters
+    ----------
+    function : callable
+        Called without arguments.
+    repeats : int, optional
+        At least 2.
+
+    Returns
+    -------
+    result, Timing
+    """
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        result = function()
+        times.append((time.perf_counter() - start) * 1000)
+    lower, median, upper = statistics.quantiles(times[1:], n=4)
+    return result, Timing(times[0], lower, median, upper, repeats)
+
+
+def document_text(client: redis.Redis, key: str, *, most: int = 4) -> str:
+    """Return a document as it lies in Redis; of `header`, only the first `most` members."""
+    document = json.loads(client.execute_command("JSON.GET", key))
+    header = document["header"]
+    document["header"] = dict(list(header.items())[:most])
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    return text.replace("\n  }\n}", f",\n    … {len(header) - most} more\n  }}\n}}")
+
+
+def hex_dump(data: bytes, start: int, length: int) -> str:
+    """Return `length` bytes of `data` from `start`, 16 a line: offset, hexadecimal, ASCII."""
+    lines = []
+    for offset in range(start, min(start + length, len(data)), 16):
+        row = data[offset : offset + 16]
+        text = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in row)
+        lines.append(f"{offset:08x}  {row.hex(' '):47}  {text}")
+    return "\n".join(lines)
+
+
+def draw_image(axes: Axes, dataset: Dataset, *, frame: int = 0, title: str | None = None) -> None:
+    """Draw one frame into `axes`: windowed, in its pixels' aspect, captioned."""
+    image = pixels.render(dataset, frame)
+    axes.imshow(image, cmap="gray", vmin=0, vmax=255, aspect=pixels.aspect(dataset))
+    axes.set_title(pixels.caption(dataset) if title is None else title, fontsize=8)
+    axes.set_axis_off()
+
+
+def show_image(image: bytes, *, frame: int = 0, title: str | None = None) -> Figure:
+    """Return a figure of one frame of a DICOM file.
+
+    Parameters
+    ----------
+    image : bytes
+        The file.
+    frame : int, optional
+        From 0.
+    title : str, optional
+        Modality, size and transfer syntax by default.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    figure, axes = plt.subplots(figsize=(4.5, 4.8), layout="constrained")
+    draw_image(axes, pixels.read_dataset(image), frame=frame, title=title)
+    return _finished(figure)
+
+
+def gallery(store: DicomStore, names: Sequence[str], *, columns: int = 6) -> Figure:
+    """Return a figure of stored images, each captioned.
+
+    Parameters
+    ----------
+    store : DicomStore
+    names : sequence of str
+        As for :meth:`DicomStore.read`.
+    columns : int, optional
+        Images in a row.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    rows = -(-len(names) // columns)
+    figure, grid = plt.subplots(
+        rows,
+        columns,
+        figsize=(WIDTH_INCHES * 1.3, 2.5 * rows),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for name, axes in zip(names, grid.flat, strict=False):
+        draw_image(axes, pixels.read_dataset(store.read(name)))
+    return _finished(figure)
+
+
+def one_of_each_kind(store: DicomStore, *, most: int = 18) -> list[str]:
+    """Return the paths of images that differ in modality or transfer syntax, one of each kind.
+
+    First one of each modality, then a second, and so on. What cannot be decoded is passed over:
+    some files are damaged on purpose.
+    """
+    images = store.find(columns=("modality", "transferSyntaxUID", "rows"))
+    images = images[images["rows"].notna()]
+    drawn = images[[_can_be_drawn(store.read(path)) for path in images["path"]]]
+    kinds = drawn.groupby(["modality", "transferSyntaxUID"], as_index=False).first()
+    kinds["turn"] = kinds.groupby("modality").cumcount()
+    return list(kinds.sort_values(["turn", "modality"])["path"][:most])
+
+
+def _can_be_drawn(image: bytes) -> bool:
+    try:
+        pixels.render(pixels.read_dataset(image))
+    except (AttributeError, LookupError, NotImplementedError, RuntimeError, ValueError):
+        return False
+    return True
+
+
+def bars(counts: pd.Series[Any], title: str, *, xlabel: str = "images") -> Figure:
+    """Return a bar chart of counts by value, largest on top, each bar with its number."""
+    figure, axes = plt.subplots(
+        figsize=(WIDTH_INCHES, 0.9 + 0.36 * len(counts)), layout="constrained"
+    )
+    drawn = axes.barh([str(value) for value in counts.index], counts.to_numpy(), color=BLUE)
+    axes.bar_label(drawn, padding=3)
+    axes.invert_yaxis()
+    axes.set(title=title, xlabel=xlabel, ylabel=str(counts.index.name))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.08)
+    return _finished(figure)
+
+
+def _finished(figure: Figure) -> Figure:
+    # Shown once, as the value of its cell, not again when the cell ends.
+    plt.close(figure)
+    return figure
