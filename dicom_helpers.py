@@ -20,10 +20,10 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import pandas as pd
 import pydicom
@@ -34,6 +34,9 @@ from redis.retry import Retry
 from tqdm import tqdm
 
 import documents
+import slides
+from chunk_reader import CACHE_BYTES, ChunkReader
+from chunk_stream import ChunkStream, run, supports
 from errors import (
     AmbiguousNameError,
     AnotherImageError,
@@ -51,12 +54,14 @@ from layout import (
     DEFAULT_CHUNK_SIZE,
     DOCUMENT_PREFIX,
     KEYS_PER_COMMAND,
+    LAYOUT_MEMBERS,
     STORAGE_MEMBERS,
     Document,
     Layout,
     checked_path,
     document_key,
     parse_document,
+    parse_layout,
     path_of,
     plan_tail,
     shown_path,
@@ -64,6 +69,7 @@ from layout import (
 from queries import (
     INDEX,
     INDEX_FIELDS,
+    MULTI_VALUED_FIELDS,
     SEARCH_TIMEOUT_MS,
     TIMED_OUT,
     UNSORTED_FIELDS,
@@ -195,6 +201,11 @@ class DicomStore:
     def __repr__(self) -> str:
         return f"DicomStore(chunk_size={self.chunk_size})"
 
+    @property
+    def client(self) -> redis.Redis:
+        """The client that the store uses."""
+        return self._client
+
     def server(self) -> pd.Series[str]:
         """Return which server answers: its version, those of its engines, and whose it is."""
         hello = self._client.execute_command("HELLO")
@@ -261,7 +272,9 @@ class DicomStore:
             try:
                 row["size"] = file.stat().st_size
                 with open(file, "rb", buffering=0) as handle:
-                    rows.append(row | self._store(path, handle, row["size"], replace=replace))
+                    size = row["size"]
+                    stored = self._store(path, handle, size, replace=replace, local=file)
+                rows.append(row | stored)
             except ServerError:
                 raise
             except (OSError, NotDicomError, DamagedError) as error:
@@ -325,7 +338,9 @@ class DicomStore:
             raise SearchError(f"{key} is {UNINDEXED}.")
         return key
 
-    def _store(self, path: str, file: BinaryIO, size: int, *, replace: bool) -> dict[str, Any]:
+    def _store(
+        self, path: str, file: BinaryIO, size: int, *, replace: bool, local: Path | None = None
+    ) -> dict[str, Any]:
         """Store one file under `path`; return its row of the report."""
         if size == 0:
             raise NotDicomError("an empty file")
@@ -333,8 +348,10 @@ class DicomStore:
             file = io.BytesIO(file.read())
         modified = _modified(file)
         members = documents.describe(file)
+        if members is None and local is not None:
+            members = slides.describe(local)
         if members is None:
-            raise NotDicomError("not DICOM: neither DICM nor a SOP Class UID")
+            raise NotDicomError("neither DICOM (no DICM, no SOP Class UID) nor a slide")
         key = document_key(path)
         tail = plan_tail(size, self.chunk_size)
         reason = "its header could be read only in part" if "headerPartial" in members else ""
@@ -425,18 +442,28 @@ class DicomStore:
 
     def _send(self, layout: Layout, file: BinaryIO) -> tuple[str, list[int]]:
         """Send the chunks; return SHA-256 and the chunks' CRC-32 of the very bytes sent."""
-        sha256, crc = hashlib.sha256(), []
+        sha256 = hashlib.sha256()
+        crc: list[int] = []
         file.seek(0)
-        for batch in layout.batches():
+
+        def read(views: list[memoryview]) -> int:
+            for view in views:
+                _read_whole(file, view)
+                sha256.update(view)
+                crc.append(zlib.crc32(view))
+            return sum(map(len, views))
+
+        if self._is_streamed(layout):
+            chunks = layout.chunks()
+            self._stream(lambda stream: stream.send(chunks, read))
+        else:
             with self._client.pipeline(transaction=False) as pipe:
-                for number in batch:
-                    chunk = file.read(layout.length(number))
-                    if len(chunk) != layout.length(number):
-                        raise OSError(errno.EIO, CHANGED)
-                    sha256.update(chunk)
-                    crc.append(zlib.crc32(chunk))
-                    pipe.set(layout.chunk_key(number), chunk)
-                pipe.execute()
+                for batch in layout.batches():
+                    for number in batch:
+                        chunk = memoryview(bytearray(layout.length(number)))
+                        read([chunk])
+                        pipe.set(layout.chunk_key(number), chunk)
+                    pipe.execute()
         if file.read(1):
             raise OSError(errno.EIO, CHANGED)
         return sha256.hexdigest(), crc
@@ -544,26 +571,73 @@ class DicomStore:
         """
 
         def whole(document: Document) -> Any:
-            if into is None:
+            size = document.layout.size
+            if into is None and not self._is_streamed(document.layout):
                 return b"".join(chunk for batch in self._batches(document) for chunk in batch)
-            view = memoryview(into).cast("B")
-            if len(view) < document.layout.size:
-                raise ValueError(
-                    f"The buffer has {len(view)} bytes, {document.key} {document.layout.size}."
-                )
-            position = 0
-            for batch in self._batches(document):
-                for chunk in batch:
-                    view[position : position + len(chunk)] = chunk
-                    position += len(chunk)
-            return view[:position]
+            view = memoryview(bytearray(size) if into is None else into).cast("B")
+            if len(view) < size:
+                raise ValueError(f"The buffer has {len(view)} bytes, {document.key} {size}.")
+            view = view[:size]
+            if self._is_streamed(document.layout):
+                chunks = document.layout.chunks()
+                self._stream(lambda stream: stream.fetch(chunks, view, crcs=document.crc))
+            else:
+                position = 0
+                for batch in self._batches(document):
+                    for chunk in batch:
+                        view[position : position + len(chunk)] = chunk
+                        position += len(chunk)
+            return bytes(view) if into is None else view
 
         return self._consistently(name, whole)
 
-    def chunk_keys(self, name: str) -> list[str]:
-        """Return the keys of a stored file's chunks, in order; `name` as for :meth:`read`."""
-        layout = parse_document(*self._lookup(name, STORAGE_MEMBERS)).layout
-        return [layout.chunk_key(number) for number in range(layout.count)]
+    def open(self, name: str, *, cache_bytes: int = CACHE_BYTES) -> ChunkReader:
+        """Open a stored file for reading; only the chunks that are touched are fetched.
+
+        Parameters
+        ----------
+        name : str
+            As for :meth:`read`.
+        cache_bytes : int, optional
+            How much of the file is kept at a time, in bytes.
+
+        Returns
+        -------
+        ChunkReader
+            A binary file of the version that is stored now, for pydicom, tifffile and others.
+        """
+        layout = self.layout(name)
+        reader = ChunkReader(
+            layout,
+            lambda numbers: self._some_chunks(layout, numbers),
+            name=path_of(layout.key),
+            cache_bytes=cache_bytes,
+        )
+        reader.round_trips = 1  # the document's
+        return reader
+
+    def header(self, name: str) -> pydicom.Dataset:
+        """Return the data set of a stored DICOM file up to its pixels, from its first chunks.
+
+        Raises
+        ------
+        NotDicomError
+            If the stored file is a slide.
+        """
+        with self.open(name) as file:
+            start = documents.dataset_start(cast(BinaryIO, file))
+            if start is None:
+                raise NotDicomError(f"{file.name} is not a DICOM file and has no header.")
+            file.seek(start if start == 1 else 0)
+            return pydicom.dcmread(file, stop_before_pixels=True, force=True)
+
+    def layout(self, name: str) -> Layout:
+        """Return how a stored file is cut into chunks; `name` as for :meth:`read`."""
+        return parse_layout(*self._lookup(name, LAYOUT_MEMBERS))
+
+    def sha256(self, name: str) -> str:
+        """Return the SHA-256 that was stored with a file; `name` as for :meth:`read`."""
+        return str(self._lookup(name, ("sha256",))[1].get("sha256"))
 
     def restore(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> pd.DataFrame:
         """Write every stored file below `folder`, after checking it against its SHA-256.
@@ -596,8 +670,7 @@ class DicomStore:
             scratch = target.with_name(f".restore-{secrets.token_hex(6)}")
             try:
                 with scratch.open("xb") as file:
-                    for chunk in self._checked_chunks(document):
-                        file.write(chunk)
+                    self._copy(document, file.write)
                 scratch.replace(target)
             finally:
                 scratch.unlink(missing_ok=True)
@@ -616,8 +689,7 @@ class DicomStore:
         """
 
         def check(document: Document) -> str:
-            for _ in self._checked_chunks(document):
-                pass
+            self._copy(document, len)
             return "ok"
 
         return self._each("Verifying", check)
@@ -665,7 +737,8 @@ class DicomStore:
         if len(images) > 1:
             paths = ", ".join(images["path"][:3])
             raise AmbiguousNameError(
-                f"{len(images)} stored files are named {shown_path(name)}; say which by its path: {paths}"
+                f"{len(images)} stored files are named {shown_path(name)}; say which by its path: "
+                f"{paths}"
                 f"{', ...' if len(images) > 3 else '.'}"
             )
         found = self._members(images["key"].iloc[0], members) if len(images) else None
@@ -689,35 +762,59 @@ class DicomStore:
         """Yield the chunks in order, a batch at a time, each of its length and CRC-32."""
         layout = document.layout
         for batch in layout.batches():
-            keys = [layout.chunk_key(number) for number in batch]
-            chunks: list[Any] = self._client.mget(keys)
-            missing = [number for number in batch if chunks[number - batch.start] is None]
-            if missing:
-                raise MissingChunkError(
-                    f"{len(missing)} of the {layout.count} chunks of {layout.key} are gone, first "
-                    f"{layout.chunk_key(missing[0])}. Load the file again."
-                )
-            for number, chunk in zip(batch, chunks, strict=True):
-                if len(chunk) != layout.length(number) or zlib.crc32(chunk) != document.crc[number]:
-                    raise DamagedError(
-                        f"The chunk {layout.chunk_key(number)} is damaged: {len(chunk)} bytes "
-                        f"where {layout.length(number)} were stored, or other ones. Delete the file "
-                        "and load it again."
-                    )
+            chunks: list[Any] = self._client.mget(layout.chunk_keys(batch))
+            _check_chunks(layout, batch, chunks, [document.crc[number] for number in batch])
             yield chunks
 
-    def _checked_chunks(self, document: Document) -> Iterator[bytes]:
-        """Yield the chunks in order; raise after the last one if the SHA-256 is another."""
+    def _some_chunks(self, layout: Layout, numbers: Sequence[int]) -> list[bytes]:
+        """Return some chunks of one version, checked, in one round trip."""
+        runs = [f"$.crc[{first}:{last + 1}]" for first, last in _runs(numbers)]
+        with self._client.pipeline(transaction=False) as pipe:
+            pipe.execute_command("JSON.GET", layout.key, "$.version", *runs)
+            pipe.mget([layout.chunk_key(number) for number in numbers])
+            reply, chunks = pipe.execute()
+        found = json.loads(reply or "{}")
+        if found.get("$.version") != [layout.version]:
+            raise MissingChunkError(
+                f"{layout.key} was replaced or deleted since it was opened. Open it again."
+            )
+        crcs = [crc for run_of in runs for crc in found[run_of]]
+        if len(crcs) != len(numbers):
+            raise DamagedError(f"The document {layout.key} is damaged: CRCs are missing.")
+        _check_chunks(layout, numbers, chunks, crcs)
+        return list(chunks)
+
+    def _copy(self, document: Document, write: Callable[[Any], object]) -> None:
+        """Pass all bytes on in order, checked; raise in the end if the SHA-256 is another."""
         sha256 = hashlib.sha256()
-        for batch in self._batches(document):
-            for chunk in batch:
-                sha256.update(chunk)
-                yield chunk
+
+        def pass_on(piece: Any) -> None:
+            sha256.update(piece)
+            write(piece)
+
+        if self._is_streamed(document.layout):
+            chunks = document.layout.chunks()
+            self._stream(lambda stream: stream.copy(chunks, pass_on, crcs=document.crc))
+        else:
+            for batch in self._batches(document):
+                for chunk in batch:
+                    pass_on(chunk)
         if sha256.hexdigest() != document.sha256:
             raise DamagedError(
                 f"{document.key} is damaged: its bytes do not have the SHA-256 that was stored. "
                 "Delete the file and load it again."
             )
+
+    def _is_streamed(self, layout: Layout) -> bool:
+        """Whether connections of its own pay for a file, and can be made."""
+        return layout.size > BATCH_BYTES and supports(self._client)
+
+    def _stream(self, work: Callable[[ChunkStream], Awaitable[None]]) -> None:
+        async def whole() -> None:
+            async with ChunkStream(self._client, timeout=SOCKET_TIMEOUT_S) as stream:
+                await work(stream)
+
+        run(whole())
 
     # --- searching ---
 
@@ -771,7 +868,7 @@ class DicomStore:
             rows.append(row)
         frame = pd.DataFrame(rows, columns=["path", "key", *shown])
         for name in shown:
-            if INDEX_FIELDS[name] == "NUMERIC":
+            if INDEX_FIELDS[name] == "NUMERIC" and name not in MULTI_VALUED_FIELDS:
                 frame[name] = frame[name].astype(
                     "Float64" if has_fractions(frame[name]) else "Int64"
                 )
@@ -918,6 +1015,39 @@ class DicomStore:
         return tqdm(items, desc=label, unit=unit, disable=not self.progress, file=sys.stdout)
 
 
+def _check_chunks(
+    layout: Layout,
+    numbers: Sequence[int],
+    chunks: Sequence[bytes | None],
+    crcs: Sequence[int],
+) -> None:
+    """Raise if a chunk is gone, or is not of its length and CRC-32."""
+    missing = [n for n, chunk in zip(numbers, chunks, strict=True) if chunk is None]
+    if missing:
+        raise MissingChunkError(
+            f"{len(missing)} of the {layout.count} chunks of {layout.key} are gone, first "
+            f"{layout.chunk_key(missing[0])}. Load the file again."
+        )
+    for number, chunk, crc in zip(numbers, chunks, crcs, strict=True):
+        if chunk is None or len(chunk) != layout.length(number) or zlib.crc32(chunk) != crc:
+            raise DamagedError(
+                f"The chunk {layout.chunk_key(number)} is damaged: {len(chunk or b'')} bytes where "
+                f"{layout.length(number)} were stored, or other ones. Delete the file and load it "
+                "again."
+            )
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield the first and the last of each run of consecutive numbers."""
+    first = last = numbers[0]
+    for number in numbers[1:]:
+        if number != last + 1:
+            yield first, last
+            first = number
+        last = number
+    yield first, last
+
+
 class _Current(NamedTuple):
     """What is stored at a key at one moment: a sound document or None, and its SOP Instance UID."""
 
@@ -970,6 +1100,16 @@ def _refuse_another_image(
 
 def _modified(file: BinaryIO) -> int | None:
     return None if isinstance(file, io.BytesIO) else os.fstat(file.fileno()).st_mtime_ns
+
+
+def _read_whole(file: BinaryIO, view: memoryview) -> None:
+    """Fill `view` from `file`; an unbuffered one may give less than is asked for."""
+    filled = 0
+    while filled < len(view):
+        count = file.readinto(view[filled:])  # type: ignore[attr-defined]
+        if not count:
+            raise OSError(errno.EIO, CHANGED)
+        filled += count
 
 
 def _sha256(file: BinaryIO) -> str:

@@ -26,7 +26,7 @@ from pydicom.dataset import Dataset
 from pydicom.errors import BytesLengthException
 from pydicom.filereader import read_dataset
 from pydicom.sequence import Sequence
-from pydicom.tag import BaseTag
+from pydicom.tag import BaseTag, Tag
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
@@ -144,7 +144,7 @@ def describe(file: BinaryIO) -> dict[str, Any] | None:
         header = _Header(whole)
         members = {}
         for name, field in FIELDS.items():
-            value = header.value(dataset, BaseTag(datadict.tag_for_keyword(field.keyword) or 0))
+            value = header.value(dataset, Tag(field.keyword))
             converted = None if value is None else field.convert(value)
             if converted not in (None, ""):
                 members[name] = converted
@@ -189,7 +189,7 @@ def dataset_start(file: BinaryIO) -> int | None:
             continue
         elements, _ = _read_header(io.BytesIO(head), start, last_tag=0x00080018)
         for keyword in ("SOPClassUID", "MediaStorageSOPClassUID"):
-            uid = _Header(True).value(elements, BaseTag(datadict.tag_for_keyword(keyword) or 0))
+            uid = _Header(True).value(elements, Tag(keyword))
             if isinstance(uid, str) and re.fullmatch(r"[0-9]+(\.[0-9]+){3,}", uid):
                 return start
     return None
@@ -202,7 +202,7 @@ def _read_header(
     file.seek(start)
     last = FIRST_BULK_TAG - 1 if last_tag is None else last_tag
     meta, meta_whole = _read_elements(file, False, True, lambda tag: tag >> 16 != 2)
-    syntax = meta.get("TransferSyntaxUID")
+    syntax = _Header(True).value(meta, Tag("TransferSyntaxUID"))
     if syntax == DeflatedExplicitVRLittleEndian:
         try:
             inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(
@@ -217,9 +217,9 @@ def _read_header(
     return dataset, meta_whole and whole
 
 
-def _encoding(file: BinaryIO, syntax: str | None) -> tuple[bool, bool]:
+def _encoding(file: BinaryIO, syntax: Any) -> tuple[bool, bool]:
     """Return whether VRs are implicit and the byte order is little-endian (PS3.5 Annex A)."""
-    if syntax is not None:
+    if isinstance(syntax, str):
         return syntax == ImplicitVRLittleEndian, syntax != ExplicitVRBigEndian
     position = file.tell()
     opening = file.read(6)

@@ -20,7 +20,9 @@ DEFAULT_CHUNK_SIZE = 262_080
 #: and meet its 1 GB limit on a client's query buffer.
 BATCH_BYTES = 16 * 1024 * 1024
 KEYS_PER_COMMAND = 1000
-STORAGE_MEMBERS = ("size", "sha256", "version", "chunkSize", "tail", "crc", "chunks")
+#: What says how a file is cut, and all that says how it is stored.
+LAYOUT_MEMBERS = ("size", "version", "chunkSize", "tail")
+STORAGE_MEMBERS = (*LAYOUT_MEMBERS, "sha256", "crc", "chunks")
 
 
 def quote_path(path: str) -> str:
@@ -103,10 +105,34 @@ class Layout:
         """Return the key of chunk `number`."""
         return f"{CHUNK_PREFIX}{self.key}:{self.version}:{number}"
 
+    def chunk_keys(self, numbers: range | None = None) -> list[str]:
+        """Return the keys of the chunks `numbers`, of all by default."""
+        prefix = self.chunk_key(0)[:-1]
+        wanted = range(self.count) if numbers is None else numbers
+        return [f"{prefix}{number}" for number in wanted]
+
     def length(self, number: int) -> int:
         """Return the length of chunk `number` in bytes."""
         full = self.size // self.chunk_size
         return self.chunk_size if number < full else self.tail[number - full]
+
+    def offset(self, number: int) -> int:
+        """Return where chunk `number` begins in the file, in bytes."""
+        full = self.size // self.chunk_size
+        return min(number, full) * self.chunk_size + sum(self.tail[: max(0, number - full)])
+
+    def number_at(self, position: int) -> int:
+        """Return the number of the chunk that holds the byte at `position`."""
+        full = self.size // self.chunk_size
+        if position < full * self.chunk_size or len(self.tail) < 2:
+            return position // self.chunk_size
+        return full + (position >= full * self.chunk_size + self.tail[0])
+
+    def chunks(self) -> list[tuple[bytes, int]]:
+        """Return key and length of every chunk, in order."""
+        full = self.size // self.chunk_size
+        lengths = [self.chunk_size] * full + list(self.tail)
+        return [(key.encode(), n) for key, n in zip(self.chunk_keys(), lengths, strict=True)]
 
     @property
     def lease(self) -> str:
@@ -117,7 +143,7 @@ class Layout:
         """Yield the chunk keys in order, in groups for one command each."""
         for first in range(0, self.count, KEYS_PER_COMMAND):
             last = min(first + KEYS_PER_COMMAND, self.count)
-            yield [self.chunk_key(number) for number in range(first, last)]
+            yield self.chunk_keys(range(first, last))
 
     def batches(self) -> Iterator[range]:
         """Yield the chunk numbers in order, in runs of at most ``BATCH_BYTES``."""
@@ -139,8 +165,8 @@ class Document:
         return self.layout.key
 
 
-def parse_document(key: str, members: Mapping[str, Any]) -> Document:
-    """Return the document, after checking that its members agree with one another."""
+def parse_layout(key: str, members: Mapping[str, Any]) -> Layout:
+    """Return the layout that a document's scalars describe, after checking that they agree."""
     layout = Layout(
         key,
         str(members.get("version")),
@@ -148,25 +174,36 @@ def parse_document(key: str, members: Mapping[str, Any]) -> Document:
         _natural(members.get("chunkSize")),
         tuple(_natural(length) for length in _list(members.get("tail"))),
     )
-    sha256 = str(members.get("sha256"))
-    crc, chunks = _list(members.get("crc")), _list(members.get("chunks"))
     sound = (
         re.fullmatch("[0-9a-f]{12}", layout.version)
-        and re.fullmatch("[0-9a-f]{64}", sha256)
+        and layout.size >= 0
         and layout.chunk_size > 0
         and len(layout.tail) <= 2
         and all(length > 0 for length in layout.tail)
         and sum(layout.tail) == layout.size % layout.chunk_size
-        and len(chunks) == len(crc) == layout.count
-        # Nothing but this very file's own keys: no document can point at a foreign one.
-        and all(chunks[n] == layout.chunk_key(n) for n in range(layout.count))
     )
     if not sound:
-        raise DamagedError(
-            f"The document {shown_path(key)} is damaged: its size, chunkSize, tail, crc and chunks do not "
-            "agree. Load the file again."
-        )
+        raise _disagreement(key)
+    return layout
+
+
+def parse_document(key: str, members: Mapping[str, Any]) -> Document:
+    """Return the document, after checking that its members agree with one another."""
+    layout = parse_layout(key, members)
+    sha256 = str(members.get("sha256"))
+    crc, chunks = _list(members.get("crc")), _list(members.get("chunks"))
+    counted = len(crc) == len(chunks) == layout.count and re.fullmatch("[0-9a-f]{64}", sha256)
+    # Nothing but this very file's own keys: no document can point at a foreign one.
+    if not counted or chunks != layout.chunk_keys():
+        raise _disagreement(key)
     return Document(layout, sha256, crc)
+
+
+def _disagreement(key: str) -> DamagedError:
+    return DamagedError(
+        f"The document {shown_path(key)} is damaged: its size, chunkSize, tail, crc and chunks do "
+        "not agree. Load the file again."
+    )
 
 
 def _natural(value: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,7 @@ from numbers import Real
 from typing import Any
 
 import documents
+import slides
 from errors import SearchTimeoutError
 
 #: On Redis 7.4 an index name counts as a key for ACLs, hence the prefix of the documents.
@@ -24,8 +26,16 @@ INDEX_FIELDS = {
     "imageName": "TAG",
     "size": "NUMERIC",
     **{name: indexed.type for name, indexed in documents.FIELDS.items()},
+    **slides.FIELDS,
 }
-UNSORTED_FIELDS = {"imageName", "studyInstanceUID", "seriesInstanceUID", "sopInstanceUID"}
+UNSORTED_FIELDS = {
+    "imageName",
+    "studyInstanceUID",
+    "seriesInstanceUID",
+    "sopInstanceUID",
+    "dimensions",
+}
+MULTI_VALUED_FIELDS = {"dimensions"}
 DATE_FIELDS = {"studyDate"}
 TIMED_OUT = (
     f"The search engine did not finish within {SEARCH_TIMEOUT_MS} ms. Narrow the query, or give "
@@ -108,8 +118,11 @@ def cell(name: str, value: bytes) -> str | int | float:
     text = value.decode()
     if INDEX_FIELDS[name] == "TAG":
         return text
-    number = float(text)
-    return int(number) if number.is_integer() else number
+    number = json.loads(text)
+    if not isinstance(number, int | float):
+        return text  # several numbers
+    # Beyond 2^53 a double is no exact integer, beyond 2^63 it fits no integer column.
+    return int(number) if abs(number) < 2**53 and number == int(number) else number
 
 
 def has_fractions(column: Iterable[Any]) -> bool:

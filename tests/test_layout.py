@@ -171,11 +171,21 @@ def test_an_edited_document_is_refused(member, value):
     layout = layout_of(12_345, 1000)
     members = members_of(layout)
     assert repr(members[member]) != repr(value)
-    with pytest.raises(DamagedError, match="file:a/b.dcm"):
+    with pytest.raises(DamagedError, match=r"file:a/b\.dcm"):
         parse_document(layout.key, {**members, member: value})
     del members[member]
-    with pytest.raises(DamagedError, match="file:a/b.dcm"):
+    with pytest.raises(DamagedError, match=r"file:a/b\.dcm"):
         parse_document(layout.key, members)
+
+
+def test_a_tail_of_two_pieces_is_checked():
+    """Two pieces have to be positive and to add up, even where their number is right."""
+    layout = layout_of(140_000, DEFAULT_CHUNK_SIZE)
+    members = members_of(layout)
+    assert len(layout.tail) == 2 and parse_document(layout.key, members)
+    for tail in ([-1, 140_001], [140_001, -1], [0, 140_000], [140_000, 0], [1, 1]):
+        with pytest.raises(DamagedError):
+            parse_document(layout.key, {**members, "tail": tail})
 
 
 @pytest.mark.parametrize("number", [0, 5, 12])

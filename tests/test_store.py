@@ -1,6 +1,7 @@
 """Files into Redis and back: fidelity, the report, the keys, the index, round trips, races."""
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -78,7 +79,7 @@ def test_pydicoms_files_come_back_identical(store, tmp_path):
     for name in ["rtstruct.dcm", "no_meta.dcm", "badVR.dcm", "dicomdirtests/DICOMDIR"]:
         assert row_of(report, f"test_files/{name}")["status"] == "loaded"
     for name in ["README.txt", "crayons.icc", "zipMR.gz", "test1.json", "rtplan.dump"]:
-        assert row_of(report, f"test_files/{name}")["reason"].startswith("not DICOM")
+        assert "DICOM" in row_of(report, f"test_files/{name}")["reason"]
     assert store.restore(tmp_path)["status"].eq("restored").all()
     restored = sha256_of(tmp_path)
     assert restored == {path: originals[path] for path in loaded["path"]}
@@ -149,7 +150,8 @@ def test_every_kind_of_file_has_its_row(store, tmp_path):
     (folder / "notes.txt").write_text("no image")
     report = store.load(folder)
     rows = {row["path"]: (row["status"], row["reason"]) for row in report.to_dict("records")}
-    not_dicom = "not DICOM: neither DICM nor a SOP Class UID"
+    status, reason = rows.pop("notes.txt")
+    assert status == "skipped" and "DICOM" in reason
     linked = "a link to a folder; links to folders are not followed"
     assert rows == {
         ".hidden.dcm": ("loaded", ""),
@@ -160,7 +162,6 @@ def test_every_kind_of_file_has_its_row(store, tmp_path):
         "itself": ("skipped", "Too many levels of symbolic links"),
         "link.dcm": ("loaded", ""),
         "linked folder": ("skipped", linked),
-        "notes.txt": ("skipped", not_dicom),
         "parent": ("skipped", linked),
         "zero": ("skipped", "not a regular file"),
     }
@@ -342,6 +343,26 @@ def test_a_file_that_changes_while_it_is_read_is_not_stored(client, tmp_path, mo
     assert client.dbsize() == 0
 
 
+@pytest.mark.parametrize("more", [b"more", None])
+def test_a_small_file_that_changes_between_stat_and_read(client, tmp_path, more):
+    """A small file whose length is another than the system just said is skipped as well."""
+    path = tmp_path / "a.dcm"
+    path.write_bytes(dicom(pixels=bytes(5000)))
+
+    class Disturbed(DicomStore):
+        def _store(self, *arguments, **options):
+            if more:
+                with path.open("ab") as other:
+                    other.write(more)
+            else:
+                os.truncate(path, 3000)
+            return super()._store(*arguments, **options)
+
+    row = row_of(Disturbed(client, chunk_size=1000, progress=False).load(tmp_path), "a.dcm")
+    assert row["status"] == "skipped" and "changed while it was read" in row["reason"]
+    assert client.dbsize() == 0
+
+
 # --- one image from memory, reading, deleting ----------------------------------------------------
 
 
@@ -351,7 +372,7 @@ def test_put_takes_bytes_and_data_sets(store):
     assert store.put("a/b.dcm", memoryview(image)) == "file:a/b.dcm"
     assert store.read("a/b.dcm") == image
     store.put("c.dcm", pydicom.dcmread(PYDICOM_FILES / "MR_small.dcm"))
-    assert pydicom.dcmread(__import__("io").BytesIO(store.read("c.dcm"))).Modality == "MR"
+    assert pydicom.dcmread(io.BytesIO(store.read("c.dcm"))).Modality == "MR"
     assert list(store.find()["path"]) == ["a/b.dcm", "c.dcm"]
 
 
@@ -421,7 +442,7 @@ def test_keys_and_members_are_as_designed(client):
     plan = layout.Layout(key, version, len(image), 3000, layout.plan_tail(len(image), 3000))
     expected = [f"chunk:{key}:{version}:{number}" for number in range(plan.count)]
     assert document["chunks"] == expected
-    assert {os.fsdecode(found) for found in client.keys()} == {key, *expected}
+    assert {os.fsdecode(found) for found in client.scan_iter()} == {key, *expected}
     assert client.type(key) == b"ReJSON-RL" and client.type(expected[0]) == b"string"
     pieces = [client.get(chunk) for chunk in expected]
     assert b"".join(pieces) == image
@@ -442,7 +463,7 @@ def test_keys_and_members_are_as_designed(client):
         "transferSyntaxUID": "1.2.840.10008.1.2.1",
     }
     assert client.ttl(key) == -1
-    assert {name[b"name"] if isinstance(name, dict) else name for name in client.execute_command("FT._LIST")} == {b"file:idx"}  # fmt: skip
+    assert client.execute_command("FT._LIST") in ([b"file:idx"], {b"file:idx"})
 
 
 def test_a_file_may_be_named_like_the_index(store):
@@ -530,8 +551,9 @@ def test_more_files_than_one_answer_holds(store, monkeypatch):
 def test_conditions(store):
     """Lists mean one of, tuples a range with open sides, several conditions all of them."""
     for number in range(1, 6):
-        store.put(f"{number}", dicom(Rows=number, Modality="CT" if number % 2 else "MR",
-                                     StudyDate=f"2019010{number}", InstanceNumber=number))  # fmt: skip
+        modality = "CT" if number % 2 else "MR"
+        image = dicom(Rows=number, Modality=modality, StudyDate=f"2019010{number}")
+        store.put(f"{number}", image)
 
     def paths(**conditions):
         return "".join(store.find(**conditions)["path"])
@@ -726,7 +748,7 @@ def test_the_loser_of_a_race_cleans_up(client, same):
     first, second = dicom(Rows=1), dicom(Rows=1 if same else 2)
     other, store = DicomStore(client, progress=False), WithHook(client, progress=False)
     store.hook = lambda layout: other.put("a", first)
-    row = store._store("a", __import__("io").BytesIO(second), len(second), replace=False)
+    row = store._store("a", io.BytesIO(second), len(second), replace=False)
     assert row["status"] == ("unchanged" if same else "replaced")
     assert store.read("a") == second
     assert_no_orphans(client)
@@ -739,6 +761,43 @@ def test_a_race_with_another_image(client):
     store.hook = lambda layout: other.put("a", image)
     with pytest.raises(AnotherImageError):
         store.put("a", dicom(SOPInstanceUID="1.2.4"))
+    assert store.read("a") == image
+    assert_no_orphans(client)
+
+
+def test_a_race_at_the_very_commit(client):
+    """A document that changes between the last look and the commit is looked at again."""
+    other, contested = DicomStore(client, progress=False), []
+
+    class Contested(DicomStore):
+        def _current(self, key, client=None):
+            current = super()._current(key, client)
+            if client is not None and not contested:  # within the commit
+                contested.append(other.put("a", dicom(Rows=1)))
+            return current
+
+    store, image = Contested(client, progress=False), dicom(Rows=2)
+    store.put("a", image)
+    assert contested == ["file:a"] and store.read("a") == image
+    assert_no_orphans(client)
+
+
+@pytest.mark.parametrize("lost", ["the reply", "the connection"])
+def test_a_commit_whose_outcome_is_not_known(client, lost):
+    """A commit that happened though its reply was lost is found out; its chunks are not deleted."""
+
+    class Unsure(DicomStore):
+        def _commit(self, *arguments):
+            assert super()._commit(*arguments) == "loaded"
+            if lost == "the connection":
+                raise redis.ConnectionError("lost")
+
+    store, image = Unsure(client, progress=False), dicom()
+    if lost == "the reply":
+        store.put("a", image)
+    else:
+        with pytest.raises(ServerError, match=r"file:a could not be stored: lost"):
+            store.put("a", image)
     assert store.read("a") == image
     assert_no_orphans(client)
 
@@ -854,18 +913,14 @@ def test_an_interrupt_while_sending_leaves_nothing(client, monkeypatch):
 
     class Interrupted(DicomStore):
         def _send(self, layout, file):
-            read = file.read
-
-            class File:
-                seek = file.seek
-
-                def read(self, length):
-                    if file.tell() > 15_000:
+            class File(io.BytesIO):
+                def readinto(self, view):
+                    if self.tell() > 15_000:
                         sent_when_interrupted.append(len(chunk_keys(client)))
                         raise KeyboardInterrupt
-                    return read(length)
+                    return super().readinto(view)
 
-            return super()._send(layout, File())
+            return super()._send(layout, File(file.getvalue()))
 
     with pytest.raises(KeyboardInterrupt):
         Interrupted(client, chunk_size=1000, progress=False).put("a", new)
