@@ -21,6 +21,7 @@ import threading
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -449,21 +450,26 @@ class DicomStore:
         def read(views: list[memoryview]) -> int:
             for view in views:
                 _read_whole(file, view)
+            # The two digests together take longer than the transfer: each has a thread.
+            crcs = beside.submit(lambda: [zlib.crc32(view) for view in views])
+            for view in views:
                 sha256.update(view)
-                crc.append(zlib.crc32(view))
+            crc.extend(crcs.result())
             return sum(map(len, views))
 
         if self._is_streamed(layout):
             chunks = layout.chunks()
-            self._stream(lambda stream: stream.send(chunks, read))
+            with ThreadPoolExecutor(1) as beside:
+                self._stream(lambda stream: stream.send(chunks, read))
         else:
             with self._client.pipeline(transaction=False) as pipe:
-                for batch in layout.batches():
-                    for number in batch:
-                        chunk = memoryview(bytearray(layout.length(number)))
-                        read([chunk])
-                        pipe.set(layout.chunk_key(number), chunk)
-                    pipe.execute()
+                for number in range(layout.count):
+                    chunk = memoryview(bytearray(layout.length(number)))
+                    _read_whole(file, chunk)
+                    sha256.update(chunk)
+                    crc.append(zlib.crc32(chunk))
+                    pipe.set(layout.chunk_key(number), chunk)
+                pipe.execute()
         if file.read(1):
             raise OSError(errno.EIO, CHANGED)
         return sha256.hexdigest(), crc
@@ -872,7 +878,9 @@ class DicomStore:
                 frame[name] = frame[name].astype(
                     "Float64" if has_fractions(frame[name]) else "Int64"
                 )
-        return frame if columns is not None else frame.dropna(axis="columns", how="all")
+        if columns is not None or frame.empty:
+            return frame
+        return frame.dropna(axis="columns", how="all")
 
     def count_by(self, name: str, query: str = "", **conditions: Any) -> pd.Series[int]:
         """Count the files by the values of an indexed field, largest count first.

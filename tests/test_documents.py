@@ -128,7 +128,8 @@ def test_a_transfer_syntax_that_cannot_be_read(vr):
         content = PREAMBLE + element(0x00020010, vr, raw) + SOP_CLASS
         members = describe_bytes(content + element(0x00280010, "US", b"\x05\0"))
         assert_indexable(members)
-    assert members["rows"] == 5 or vr in ("XX", "??")
+        if vr != "??":  # what is no VR by its form makes the file one with implicit VRs
+            assert members["rows"] == 5
 
 
 def test_all_real_files_have_plain_headers():
@@ -371,14 +372,17 @@ def test_large_headers_stop_at_their_limit():
     assert_indexable(members)
 
 
-@pytest.mark.parametrize("items", [5_000, 20_000, 100_000])
-def test_a_sequence_of_very_many_items(items):
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_sequences_of_very_many_items(sequences):
     """Empty items count as well: the header stays within its limit and says what is missing."""
-    content = (ITEM + bytes(4)) * items
-    content = element(0x00400275, "SQ", content + SEQUENCE_END + bytes(4), length=UNDEFINED)
-    members = describe_bytes(PREAMBLE + SOP_CLASS + content)
+    items = (ITEM + bytes(4)) * 8_000
+    tags = [0x00081140, 0x00321064, 0x00400275][:sequences]
+    members = describe_bytes(
+        PREAMBLE + SOP_CLASS + b"".join(element(tag, "SQ", items) for tag in tags)
+    )
+    assert len(members["header"]["ReferencedImageSequence"]) == 8_000
     assert len(json.dumps(members["header"])) <= HEADER_LIMIT
-    assert members.get("headerPartial", False) is (items > 5_000)
+    assert members.get("headerPartial", False) is (sequences == 3)
 
 
 def test_long_values_are_not_read():

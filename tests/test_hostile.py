@@ -8,7 +8,7 @@ import zlib
 
 import pytest
 from conftest import PYDICOM_FILES
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from samples import dicom, element, sha256_of
 
@@ -104,6 +104,11 @@ def test_values_that_look_like_queries(store):
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20))
+@example("a\\*b")
+@example("\\")
+@example("a\\ b")
+@example("\\\\")
+@example(" \t a ")
 def test_any_value_is_found(store, client, value):
     """Whatever text a document holds, a search for it finds just this document."""
     json_set(client, "file:wanted", {"patientID": value})

@@ -109,7 +109,8 @@ def test_published_answers(store):
     assert store.read("JPGExtended.dcm") == (PYDICOM_FILES / "JPGExtended.dcm").read_bytes()
     (found,) = store.find(protocolName="194", studyDate=("20190101", "20191231")).to_dict("records")
     assert found["imageName"] == "J2K_pixelrep_mismatch.dcm" and found["size"] == 138_518
-    assert store.find(protocolName="194", studyDate=("20180101", "20181231")).empty
+    none = store.find(protocolName="194", studyDate=("20180101", "20181231"))
+    assert none.empty and {"path", "key", "imageName"} <= set(none.columns)
     counts = store.count_by("protocolName")
     assert counts.to_dict() == PUBLISHED_COUNTS
     assert list(counts.index) == list(PUBLISHED_COUNTS)
