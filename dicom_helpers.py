@@ -19,9 +19,7 @@ import stat
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -37,7 +35,7 @@ from tqdm import tqdm
 import documents
 import slides
 from chunk_reader import CACHE_BYTES, ChunkReader
-from chunk_stream import ChunkStream, run, supports
+from chunk_stream import ChunkStream, crc32, run, supports
 from errors import (
     AmbiguousNameError,
     AnotherImageError,
@@ -450,24 +448,18 @@ class DicomStore:
         def read(views: list[memoryview]) -> int:
             for view in views:
                 _read_whole(file, view)
-            # The two digests together take longer than the transfer: each has a thread.
-            crcs = beside.submit(lambda: [zlib.crc32(view) for view in views])
-            for view in views:
                 sha256.update(view)
-            crc.extend(crcs.result())
+                crc.append(crc32(view))
             return sum(map(len, views))
 
         if self._is_streamed(layout):
             chunks = layout.chunks()
-            with ThreadPoolExecutor(1) as beside:
-                self._stream(lambda stream: stream.send(chunks, read))
+            self._stream(lambda stream: stream.send(chunks, read))
         else:
             with self._client.pipeline(transaction=False) as pipe:
                 for number in range(layout.count):
                     chunk = memoryview(bytearray(layout.length(number)))
-                    _read_whole(file, chunk)
-                    sha256.update(chunk)
-                    crc.append(zlib.crc32(chunk))
+                    read([chunk])
                     pipe.set(layout.chunk_key(number), chunk)
                 pipe.execute()
         if file.read(1):
@@ -1037,7 +1029,7 @@ def _check_chunks(
             f"{layout.chunk_key(missing[0])}. Load the file again."
         )
     for number, chunk, crc in zip(numbers, chunks, crcs, strict=True):
-        if chunk is None or len(chunk) != layout.length(number) or zlib.crc32(chunk) != crc:
+        if chunk is None or len(chunk) != layout.length(number) or crc32(chunk) != crc:
             raise DamagedError(
                 f"The chunk {layout.chunk_key(number)} is damaged: {len(chunk or b'')} bytes where "
                 f"{layout.length(number)} were stored, or other ones. Delete the file and load it "
