@@ -457,11 +457,12 @@ class DicomStore:
             self._stream(lambda stream: stream.send(chunks, read))
         else:
             with self._client.pipeline(transaction=False) as pipe:
-                for number in range(layout.count):
-                    chunk = memoryview(bytearray(layout.length(number)))
-                    read([chunk])
-                    pipe.set(layout.chunk_key(number), chunk)
-                pipe.execute()
+                for batch in layout.batches():
+                    for number in batch:
+                        chunk = memoryview(bytearray(layout.length(number)))
+                        read([chunk])
+                        pipe.set(layout.chunk_key(number), chunk)
+                    pipe.execute()
         if file.read(1):
             raise OSError(errno.EIO, CHANGED)
         return sha256.hexdigest(), crc

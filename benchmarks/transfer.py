@@ -172,8 +172,9 @@ class Bench:
         keys = "__rand_int__"
 
         def retrieve() -> float:
+            several = ["-r", str(C_CLIENT_BYTES // chunk_size)]
             result = subprocess.run(
-                [*command, *options, "-r", str(C_CLIENT_BYTES // chunk_size), "GET", f"c:{chunk_size}:{keys}"],
+                [*command, *options, *several, "GET", f"c:{chunk_size}:{keys}"],
                 capture_output=True, text=True, check=True,
             )  # fmt: skip
             requests = float(result.stdout.splitlines()[-1].split(",")[1].strip('"'))
