@@ -34,13 +34,11 @@ Chunk = tuple[bytes, int]  # key, and length in bytes
 
 RUN_BYTES = 1 << 20  # payload of one request: one MGET, or a run of SETs
 RUN_CHUNKS = 1024  # chunks in one request: as many as os.preadv takes in one call
-FLIGHT_BYTES = 128 << 20  # asked for at a time: it lies in the server's memory until sent
+REQUESTS = 16  # under way at a time, on all connections: either side holds so much in memory
 READ_BYTES = 256 << 10
 WRITE_BYTES = 256 << 10
 SCRATCH_BYTES = 32 << 10
 WINDOW_BYTES = 16 << 20  # what copy() passes on at a time
-SEND_LANES = 16  # runs of SETs under way at a time, each in a buffer of its own
-MANY_CONNECTIONS = 64  # from here on one request each keeps the server busy, below it takes two
 CONNECTING = 64  # connections opened at a time: the usual listen backlog is 511
 OTHER_FILES = 128  # open files that the process may need beside the connections
 POPULATE_BYTES = 16 << 20
@@ -440,12 +438,13 @@ class ChunkStream:
         loop = asyncio.get_running_loop()
         received = loop.create_future()
         checks: list[asyncio.Future[None]] = []
-        requests = self._count * (2 if self._count < MANY_CONNECTIONS else 1)
-        size = min(RUN_BYTES, FLIGHT_BYTES // requests)
-        runs = _runs(chunks, size, min(RUN_CHUNKS, -(-len(chunks) // requests)))
+        share = -(-len(chunks) // (2 * self._count))
+        runs = _runs(chunks, RUN_BYTES, min(RUN_CHUNKS, share))
+        idle = deque(self._connections * 2)
         outstanding = 0
 
-        def ask_next(connection: ChunkProtocol) -> None:
+        def ask_next() -> None:
+            """Give the next run to the connection that has waited longest."""
             nonlocal outstanding
             run = next(runs, None)
             if run is None:
@@ -453,22 +452,23 @@ class ChunkStream:
                     received.set_result(None)
                 return
             first, last, begin, end = run
-            asked, region = chunks[first:last], view[begin:end]
+            asked, region, connection = chunks[first:last], view[begin:end], idle.popleft()
 
             def done() -> None:
                 nonlocal outstanding
                 outstanding -= 1
+                idle.append(connection)
                 if crcs is not None:
                     check = loop.run_in_executor(None, _check, asked, region, crcs[first:last])
                     checks.append(check)
-                ask_next(connection)
+                ask_next()
 
             outstanding += 1
             request = _command("MGET", *(key for key, _ in asked))
             connection.ask(request, Answer(_mget_steps(asked), region, done))
 
-        for connection in itertools.islice(itertools.cycle(self._connections), requests):
-            ask_next(connection)
+        for _ in range(min(REQUESTS, len(idle))):
+            ask_next()
         try:
             await received
         finally:
@@ -546,7 +546,7 @@ class ChunkStream:
         expire_ms: int | None,
     ) -> None:
         free: asyncio.Queue[tuple[ChunkProtocol, memoryview]] = asyncio.Queue()
-        lanes = (self._connections * 2)[:SEND_LANES]
+        lanes = (self._connections * 2)[:REQUESTS]
         for connection in lanes:
             free.put_nowait((connection, NO_PAYLOAD))
         for first, last, begin, end in _runs(chunks, RUN_BYTES, RUN_CHUNKS):

@@ -1,0 +1,890 @@
+"""chunk_stream: the protocol driven directly, and the stream against a real server."""
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import redis
+from hypothesis import given
+from hypothesis import strategies as st
+
+import chunk_stream
+from chunk_stream import (
+    Answer,
+    Chunk,
+    ChunkProtocol,
+    ChunkStream,
+    ChunkStreamError,
+    ConnectionFailed,
+    DamagedChunk,
+    MissingChunk,
+    RefusedByServer,
+)
+from redis_server import RedisServer
+
+# The protocol, fed by hand
+
+
+class Wire(asyncio.Transport):
+    """A transport that only remembers whether it was given up."""
+
+    aborted = False
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        pass
+
+    def write(self, data: Any) -> None:
+        pass
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+PATTERN = 0xEE
+GUARD = 16
+payloads = st.binary(max_size=300) | st.sampled_from(
+    [b"", b"\r\n", b"$-1\r\n", b"\r\n$5\r\n", b"x" * 1000]
+)
+runs = st.lists(st.lists(payloads, min_size=1, max_size=5), min_size=1, max_size=4)
+split_sizes = st.lists(st.integers(1, 400), min_size=1, max_size=30)
+
+
+def reply(run: Sequence[bytes], other: dict[int, bytes] | None = None) -> bytes:
+    """What a server answers to an MGET; `other` replaces some of the elements."""
+    elements = [b"$%d\r\n%b\r\n" % (len(payload), payload) for payload in run]
+    for index, element in (other or {}).items():
+        elements[index] = element
+    return b"*%d\r\n" % len(run) + b"".join(elements)
+
+
+class Driven:
+    """A protocol that awaits MGETs, all of whose data have a place in one guarded buffer."""
+
+    def __init__(self, runs: Sequence[Sequence[bytes]], scratch: int) -> None:
+        self.payloads = [b"".join(run) for run in runs]
+        self.buffer = bytearray([PATTERN]) * (2 * GUARD + sum(map(len, self.payloads)))
+        self.done: list[int] = []
+        self.errors: list[ChunkStreamError] = []
+        self.protocol = ChunkProtocol(self.errors.append, memoryview(bytearray(scratch)))
+        self.wire = Wire()
+        self.protocol.connection_made(self.wire)
+        begin = GUARD
+        for number, (run, data) in enumerate(zip(runs, self.payloads, strict=True)):
+            chunks = [(b"k%d.%d" % (number, i), len(one)) for i, one in enumerate(run)]
+            region = memoryview(self.buffer)[begin : begin + len(data)]
+            steps = chunk_stream._mget_steps(chunks)
+            self.protocol.ask(b"?", Answer(steps, region, lambda n=number: self.done.append(n)))
+            begin += len(data)
+
+    def feed(self, stream: bytes, sizes: Sequence[int]) -> None:
+        at, turn = 0, 0
+        while at < len(stream) and not self.wire.aborted:
+            place = self.protocol.get_buffer(-1)
+            assert len(place) > 0
+            size = min(len(place), sizes[turn % len(sizes)], len(stream) - at)
+            place[:size] = stream[at : at + size]
+            self.protocol.buffer_updated(size)
+            at, turn = at + size, turn + 1
+            self.check_regions()
+
+    def check_regions(self) -> None:
+        """What is done is right, what is to come is untouched, and so is all around."""
+        begin = GUARD
+        for number, data in enumerate(self.payloads):
+            held = self.buffer[begin : begin + len(data)]
+            if number in self.done:
+                assert held == data
+            elif number > len(self.done):
+                assert held == bytes([PATTERN]) * len(data)
+            begin += len(data)
+        guards = self.buffer[:GUARD] + self.buffer[begin:]
+        assert guards == bytes([PATTERN]) * (2 * GUARD)
+
+
+def in_loop(function: Callable[[], None]) -> None:
+    async def call() -> None:
+        function()
+
+    asyncio.run(call())
+
+
+@given(runs, split_sizes, st.integers(1, 80), st.integers(1, 400))
+def test_any_split_gives_the_same_bytes(
+    runs: list[list[bytes]], sizes: list[int], scratch: int, read: int
+) -> None:
+    """However the answers are cut into reads, every payload ends in its place and only there."""
+
+    def check() -> None:
+        driven = Driven(runs, scratch)
+        driven.feed(b"".join(map(reply, runs)), sizes)
+        assert driven.done == list(range(len(runs)))
+        assert not driven.errors and not driven.protocol.busy
+
+    with patch.object(chunk_stream, "READ_BYTES", read):
+        in_loop(check)
+
+
+WRONG = {
+    b"$-1\r\n": (MissingChunk, "{} is not in Redis"),
+    b"$2000\r\n" + bytes(2000) + b"\r\n": (DamagedChunk, "{} has 2000 bytes, not {length}."),
+    b"-OOM out of memory\r\n": (RefusedByServer, "{}: OOM out of memory"),
+    b"+OK\r\n": (ConnectionFailed, "not RESP2 while chunk {} was awaited"),
+    b"$x\r\n": (ConnectionFailed, "not RESP2 while chunk {} was awaited"),
+    b"*1\r\n$1\r\nx\r\n": (ConnectionFailed, "not RESP2 while chunk {} was awaited"),
+}
+
+
+@given(runs, split_sizes, st.integers(1, 80), st.sampled_from(list(WRONG)), st.data())
+def test_any_split_of_a_wrong_answer_gives_the_same_error(
+    runs: list[list[bytes]], sizes: list[int], scratch: int, wrong: bytes, data: st.DataObject
+) -> None:
+    """A wrong element is reported with its key; what came before it is kept, and nothing more."""
+    bad = data.draw(st.integers(0, len(runs) - 1))
+    index = data.draw(st.integers(0, len(runs[bad]) - 1))
+    kind, words = WRONG[wrong]
+    answers = [reply(run, {index: wrong} if n == bad else None) for n, run in enumerate(runs)]
+
+    def check() -> None:
+        driven = Driven(runs, scratch)
+        driven.feed(b"".join(answers), sizes)
+        assert driven.done == list(range(bad))
+        assert driven.wire.aborted
+        (error,) = driven.errors
+        key = b"k%d.%d" % (bad, index)
+        assert type(error) is kind and error.key == key
+        assert words.format(key.decode(), length=len(runs[bad][index])) in str(error)
+
+    in_loop(check)
+
+
+@given(split_sizes, st.sampled_from([b"-LOADING in memory\r\n", b"-NOPERM no\r\n"]))
+def test_error_in_place_of_the_array(sizes: list[int], line: bytes) -> None:
+    """An error to the MGET as a whole is reported with the first key."""
+
+    def check() -> None:
+        driven = Driven([[b"abc", b"def"]], 8)
+        driven.feed(line, sizes)
+        (error,) = driven.errors
+        assert type(error) is RefusedByServer and error.key == b"k0.0"
+        assert line[1:-2].decode() in str(error)
+
+    in_loop(check)
+
+
+def test_arguments_of_an_unknown_command_are_not_repeated() -> None:
+    """An error text of the server that quotes the data sent is cut before them."""
+
+    def check() -> None:
+        driven = Driven([[b"abc"]], 64)
+        driven.feed(b"-ERR unknown command 'SET', with args beginning with: 'Doe^Jane'\r\n", [99])
+        assert "unknown command" in str(driven.errors[0]) and "Doe" not in str(driven.errors[0])
+
+    in_loop(check)
+
+
+def test_answer_that_nobody_asked_for() -> None:
+    """Bytes that come when nothing is outstanding are an error, not the next answer."""
+
+    def check() -> None:
+        driven = Driven([[b"abc"]], 64)
+        driven.feed(reply([b"abc"]) + b"$3\r\nabc\r\n", [999])
+        assert driven.done == [0] and isinstance(driven.errors[0], ConnectionFailed)
+
+    in_loop(check)
+
+
+# The stream, against a server
+
+
+def make_chunks(name: str, sizes: Sequence[int]) -> tuple[list[Chunk], bytes]:
+    data = random.Random(name).randbytes(sum(sizes))
+    return [(f"chunk:{name}:{n}".encode(), size) for n, size in enumerate(sizes)], data
+
+
+def store(client: redis.Redis, chunks: Sequence[Chunk], data: bytes) -> None:
+    pipeline, at = client.pipeline(transaction=False), 0
+    for key, length in chunks:
+        pipeline.set(key, data[at : at + length])
+        at += length
+    pipeline.execute()
+
+
+def reader(data: bytes) -> Callable[[list[memoryview]], int]:
+    """A `read` that takes the bytes from memory."""
+    at = 0
+
+    def read(views: list[memoryview]) -> int:
+        nonlocal at
+        begin = at
+        for view in views:
+            piece = data[at : at + len(view)]
+            view[: len(piece)] = piece
+            at += len(piece)
+        return at - begin
+
+    return read
+
+
+async def fetch(client: redis.Redis, chunks: Sequence[Chunk], **options: Any) -> bytearray:
+    buffer = bytearray(sum(length for _, length in chunks))
+    crcs = options.pop("crcs", None)
+    async with ChunkStream(client, **options) as stream:
+        await stream.fetch(chunks, buffer, crcs=crcs)
+    return buffer
+
+
+def run_alone(work: Coroutine[Any, Any, Any]) -> Any:
+    """Run `work`; afterwards no task of it and no connection may be left."""
+
+    async def checked() -> Any:
+        try:
+            return await work
+        finally:
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    with contextlib.closing(asyncio.Runner()) as runner:
+        return runner.run(checked())
+
+
+def connected(client: redis.Redis) -> int:
+    return client.info("clients")["connected_clients"]
+
+
+@pytest.fixture
+def client(server: RedisServer) -> Any:
+    with redis.Redis.from_url(server.url) as client:
+        yield client
+
+
+SIZES = [30_720] * 200 + [1, 0, 17, 262_080, 3_000_000, 0, 5]
+
+
+@pytest.fixture(scope="module")
+def stored(server: RedisServer) -> tuple[list[Chunk], bytes]:
+    chunks, data = make_chunks("stored", SIZES)
+    with redis.Redis.from_url(server.url) as client:
+        store(client, chunks, data)
+    return chunks, data
+
+
+@pytest.mark.parametrize("connections", [1, 2, 8, 300])
+def test_fetch(client: redis.Redis, stored: Any, connections: int) -> None:
+    """Chunks of all sizes arrive as stored, over any number of connections."""
+    chunks, data = stored
+    assert run_alone(fetch(client, chunks, connections=connections)) == data
+
+
+def test_fetch_nothing(client: redis.Redis) -> None:
+    """No chunks are no bytes, at once."""
+    assert run_alone(fetch(client, [])) == b""
+
+
+def test_every_connection_is_at_work(client: redis.Redis, stored: Any) -> None:
+    """With as many connections as chunks, each of them fetches one."""
+    chunks, _ = stored
+    before = client.info("commandstats").get("cmdstat_mget", {"calls": 0})["calls"]
+    run_alone(fetch(client, chunks[:200], connections=200))
+    assert client.info("commandstats")["cmdstat_mget"]["calls"] - before == 200
+
+
+def test_one_stream_serves_many_transfers(client: redis.Redis, stored: Any) -> None:
+    """Connections are opened once, and closed at the end."""
+    chunks, data = stored
+    before = connected(client)
+
+    async def work() -> None:
+        async with ChunkStream(client, connections=3) as stream:
+            assert await asyncio.to_thread(connected, client) == before + 3
+            for _ in range(3):
+                buffer = bytearray(len(data))
+                await stream.fetch(chunks, buffer)
+                assert buffer == data
+            assert await asyncio.to_thread(connected, client) == before + 3
+
+    run_alone(work())
+    assert connected(client) == before
+
+
+def test_buffer_of_another_length_or_read_only(client: redis.Redis) -> None:
+    """A buffer that does not fit is refused before anything is asked for."""
+
+    async def work(buffer: Any) -> None:
+        async with ChunkStream(client, connections=1) as stream:
+            await stream.fetch([(b"chunk:none", 5)], buffer)
+
+    with pytest.raises(ValueError, match="5 writable bytes are needed, not 4 writable"):
+        run_alone(work(bytearray(4)))
+    with pytest.raises(ValueError, match="not 5 read-only"):
+        run_alone(work(b"12345"))
+
+
+def test_wrong_chunks(client: redis.Redis, stored: Any) -> None:
+    """A missing, longer, shorter or foreign chunk amid others is named, with both lengths."""
+    chunks, data = make_chunks("wrong", [5_000] * 100)
+    store(client, chunks, data)
+    key = chunks[61][0].decode()
+    for value, kind, words in (
+        (None, MissingChunk, f"Chunk {key} is not in Redis."),
+        (b"x" * 5_001, DamagedChunk, f"Chunk {key} has 5001 bytes, not 5000."),
+        (b"x" * 4_999, DamagedChunk, f"Chunk {key} has 4999 bytes, not 5000."),
+    ):
+        client.set(key, value) if value else client.delete(key)
+        with pytest.raises(kind) as caught:
+            run_alone(fetch(client, chunks))
+        assert str(caught.value) == words and caught.value.key == key.encode()
+
+
+def test_crc(client: redis.Redis, stored: Any) -> None:
+    """The CRC-32 of every chunk is compared, and a wrong one is an error that names the chunk."""
+    chunks, data = stored
+    ends = [sum(SIZES[: n + 1]) for n in range(len(SIZES))]
+    crcs = [zlib.crc32(data[end - size : end]) for end, size in zip(ends, SIZES, strict=True)]
+    assert run_alone(fetch(client, chunks, crcs=crcs)) == data
+    for index in (0, 150, len(crcs) - 1):
+        wrong = [crc ^ (n == index) for n, crc in enumerate(crcs)]
+        with pytest.raises(DamagedChunk, match="CRC-32") as caught:
+            run_alone(fetch(client, chunks, crcs=wrong))
+        assert caught.value.key == chunks[index][0]
+
+
+# Windows
+
+
+def test_copy(client: redis.Redis, stored: Any) -> None:
+    """Bytes are passed on in order, in pieces of bounded size, and checked before."""
+    chunks, data = stored
+    written, largest = bytearray(), 0
+
+    def write(view: memoryview) -> None:
+        nonlocal largest
+        written.extend(view)
+        largest = max(largest, len(view))
+
+    async def work(crcs: Sequence[int] | None) -> None:
+        async with ChunkStream(client) as stream:
+            await stream.copy(chunks, write, crcs=crcs)
+
+    with patch.object(chunk_stream, "WINDOW_BYTES", 500_000):
+        run_alone(work(None))
+        assert written == data and largest == max(SIZES)
+        written.clear()
+        with pytest.raises(DamagedChunk):
+            run_alone(work([0] * len(chunks)))
+        assert not written
+
+
+def test_copy_ends_with_the_error_of_its_writer(client: redis.Redis, stored: Any) -> None:
+    """What `write` raises comes out, and `write` is not called again."""
+    calls = []
+
+    def write(view: memoryview) -> None:
+        calls.append(len(view))
+        raise OSError("disk full")
+
+    async def work() -> None:
+        async with ChunkStream(client) as stream:
+            await stream.copy(stored[0], write)
+
+    windows = patch.object(chunk_stream, "WINDOW_BYTES", 500_000)
+    with windows, pytest.raises(OSError, match="disk full"):
+        run_alone(work())
+    assert len(calls) == 1
+
+
+def test_failed_copy_waits_for_its_writer(client: redis.Redis, stored: Any) -> None:
+    """After an error no thread uses the caller's file any more."""
+    chunks, _ = stored
+    go_on, ended = threading.Event(), []
+
+    def write(view: memoryview) -> None:
+        go_on.wait(10)
+        ended.append(len(view))
+
+    async def work() -> None:
+        async with ChunkStream(client) as stream:
+            asyncio.get_running_loop().call_later(0.1, go_on.set)
+            with pytest.raises(MissingChunk):
+                await stream.copy([*chunks[:100], (b"chunk:none", 1)], write)
+            assert ended
+
+    with patch.object(chunk_stream, "WINDOW_BYTES", 100 * 30_720):
+        run_alone(work())
+
+
+def test_cancelled_copy_waits_for_its_writer(client: redis.Redis, stored: Any) -> None:
+    """After a cancellation no thread uses the caller's file any more."""
+    writing, go_on, ended = threading.Event(), threading.Event(), []
+
+    def write(view: memoryview) -> None:
+        writing.set()
+        go_on.wait(10)
+        ended.append(len(view))
+
+    async def work() -> None:
+        async with ChunkStream(client) as stream:
+            task = asyncio.create_task(stream.copy(stored[0], write))
+            await asyncio.to_thread(writing.wait, 10)
+            task.cancel()
+            asyncio.get_running_loop().call_later(0.05, go_on.set)
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert ended
+
+    run_alone(work())
+
+
+# The way in
+
+
+async def send(client: redis.Redis, chunks: Sequence[Chunk], read: Any, **options: Any) -> None:
+    expire_ms = options.pop("expire_ms", None)
+    async with ChunkStream(client, **options) as stream:
+        await stream.send(chunks, read, expire_ms=expire_ms)
+
+
+@pytest.mark.parametrize("connections", [1, 8, 40])
+def test_send(client: redis.Redis, connections: int, tmp_path: Path) -> None:
+    """What is read from a file is stored under its keys, without a time to live."""
+    chunks, data = make_chunks(f"sent{connections}", SIZES * 3)
+    (tmp_path / "file").write_bytes(data)
+    file = os.open(tmp_path / "file", os.O_RDONLY)
+    offset = 0
+
+    def read(views: list[memoryview]) -> int:
+        nonlocal offset
+        size = os.preadv(file, views, offset)
+        offset += size
+        return size
+
+    try:
+        run_alone(send(client, chunks, read, connections=connections))
+    finally:
+        os.close(file)
+    assert b"".join(client.mget([key for key, _ in chunks])) == data
+    assert client.pttl(chunks[0][0]) == -1
+
+
+def test_send_with_expiry(client: redis.Redis) -> None:
+    """Every chunk gets the time to live."""
+    chunks, data = make_chunks("expiring", [1_000] * 50 + [0])
+    run_alone(send(client, chunks, reader(data), expire_ms=60_000))
+    assert b"".join(client.mget([key for key, _ in chunks])) == data
+    assert all(50_000 < client.pttl(key) <= 60_000 for key, _ in chunks)
+
+
+def test_send_of_a_file_that_is_too_short(client: redis.Redis) -> None:
+    """A short read is an error, and what was not read is not sent."""
+    chunks, data = make_chunks("short", [400_000] * 10)
+    with pytest.raises(EOFError, match="chunk:short:"):
+        run_alone(send(client, chunks, reader(data[:-1])))
+    assert not client.exists(chunks[-1][0])
+
+
+def test_send_ends_with_the_error_of_its_reader(client: redis.Redis) -> None:
+    """What `read` raises comes out."""
+
+    def read(views: list[memoryview]) -> int:
+        raise OSError("disk gone")
+
+    with pytest.raises(OSError, match="disk gone"):
+        run_alone(send(client, make_chunks("gone", [10])[0], read))
+
+
+def test_send_to_a_full_server() -> None:
+    """A SET that the server refuses is an error with its words and the key."""
+    chunks, data = make_chunks("full", [100_000] * 300)
+    config = "maxmemory 12mb\nmaxmemory-policy noeviction"
+    with RedisServer(config=config.splitlines()) as full, redis.Redis.from_url(full.url) as client:
+        with pytest.raises(RefusedByServer, match=r"chunk:full:.*OOM") as caught:
+            run_alone(send(client, chunks, reader(data)))
+        assert not client.exists(caught.value.key)
+
+
+# Ways to connect
+
+
+def test_acl_user(server: RedisServer, client: redis.Redis, stored: Any) -> None:
+    """An ACL user logs in by name, and may do what it may do."""
+    chunks, data = stored
+    client.acl_setuser(
+        "reader",
+        enabled=True,
+        reset=True,
+        passwords=["+s3cret"],
+        keys=["chunk:*"],
+        commands=["+mget"],
+    )
+    with redis.Redis(port=server.port, username="reader", password="s3cret") as other:
+        assert run_alone(fetch(other, chunks)) == data
+        new, new_data = make_chunks("new", [9])
+        with pytest.raises(RefusedByServer, match="chunk:new:0: NOPERM"):
+            run_alone(send(other, new, reader(new_data)))
+
+
+def test_wrong_password(server: RedisServer) -> None:
+    """A refused login is an error with the server's words, and without the password."""
+    other = redis.Redis(port=server.port, password="not-the-one")
+    with other, pytest.raises(RefusedByServer, match="connection: WRONGPASS") as caught:
+        run_alone(fetch(other, [(b"chunk:x", 1)]))
+    assert "not-the-one" not in str(caught.value)
+
+
+def test_no_password_and_unix_socket(tmp_path: Path) -> None:
+    """A server without a password is reached over TCP and over its unix socket."""
+    path = tmp_path / "redis.sock"
+    chunks, data = make_chunks("open", SIZES)
+    with RedisServer(config=[f"unixsocket {path}"]) as other:
+        with redis.Redis.from_url(other.url) as client:
+            store(client, chunks, data)
+            client.config_set("requirepass", "")
+        for url in (f"redis://localhost:{other.port}", f"unix://{path}"):
+            with redis.Redis.from_url(url) as client:
+                assert run_alone(fetch(client, chunks, connections=100)) == data
+                run_alone(send(client, chunks, reader(data)))
+
+
+def make_certificates(folder: Path) -> None:
+    """A private CA, and a certificate for localhost that it signed, with the openssl command."""
+    new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+    new += ["-noenc", "-days", "2"]
+    ca = ["-subj", "/CN=test CA", "-keyout", "ca.key", "-out", "ca.crt"]
+    own = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-CA", "ca.crt"]
+    own += ["-CAkey", "ca.key", "-keyout", "own.key", "-out", "own.crt"]
+    own += ["-addext", "basicConstraints=critical,CA:FALSE"]
+    for arguments in (ca, own):
+        subprocess.run([*new, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def test_tls(tmp_path: Path) -> None:
+    """TLS with a private CA and a client certificate; without them it is refused."""
+    make_certificates(tmp_path)
+    with RedisServer() as probe:
+        pass  # its port is free now
+    own, key, ca = (tmp_path / name for name in ("own.crt", "own.key", "ca.crt"))
+    tls = f"tls-port {probe.port}\ntls-cert-file {own}\ntls-key-file {key}\ntls-ca-cert-file {ca}"
+    chunks, data = make_chunks("tls", SIZES)
+    with RedisServer(config=tls.splitlines()) as other:
+        url = other.url.replace("redis://", "rediss://").replace(str(other.port), str(probe.port))
+        url = url.replace("127.0.0.1", "localhost")
+        good = f"{url}?ssl_ca_certs={ca}&ssl_certfile={own}&ssl_keyfile={key}"
+        with redis.Redis.from_url(good) as client:
+            assert client.connection_pool.connection_class is redis.SSLConnection
+            run_alone(send(client, chunks, reader(data)))
+            assert run_alone(fetch(client, chunks, connections=20)) == data
+        for wrong, words in (
+            (url, "CERTIFICATE_VERIFY_FAILED"),
+            (good.replace("localhost", "127.0.0.1"), "certificate is not valid for"),
+            (f"{url}?ssl_ca_certs={ca}", "connection"),
+        ):
+            client = redis.Redis.from_url(wrong)
+            with client, pytest.raises(ConnectionFailed, match=words):
+                run_alone(fetch(client, chunks))
+
+
+def test_supports() -> None:
+    """What the stream does not cover is said beforehand, and refused."""
+    provider = redis.UsernamePasswordCredentialProvider("user", "word")
+    sentinel = redis.Sentinel([("localhost", 1)]).master_for("mine")
+    for client, covered in (
+        (redis.Redis(), True),
+        (redis.Redis.from_url("rediss://user:word@host/0"), True),
+        (redis.Redis(unix_socket_path="/nowhere"), True),
+        (redis.Redis(connection_pool=redis.BlockingConnectionPool()), True),
+        (redis.Redis(db=1), False),
+        (redis.Redis(credential_provider=provider), False),
+        (redis.Redis(ssl=True, ssl_validate_ocsp=True), False),
+        (sentinel, False),
+    ):
+        assert chunk_stream.supports(client) == covered
+        if not covered:
+            with pytest.raises(ValueError, match="cannot connect"):
+                ChunkStream(client)
+        client.close()
+
+
+# What goes wrong
+
+
+def test_nobody_listens() -> None:
+    """No server is one sentence."""
+    with RedisServer() as gone:
+        pass
+    with (
+        redis.Redis.from_url(gone.url) as client,
+        pytest.raises(ConnectionFailed, match="Cannot connect to Redis"),
+    ):
+        run_alone(fetch(client, [(b"chunk:x", 1)]))
+
+
+@contextlib.asynccontextmanager
+async def proxy(port: int, cut: int) -> AsyncIterator[redis.Redis]:
+    """A client of a server in between that ends a connection after `cut` bytes of answers."""
+    handlers = []
+
+    async def upwards(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await source.read(1 << 16):
+                sink.write(data)
+        sink.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        handlers.append(asyncio.current_task())
+        above, below = await asyncio.open_connection("127.0.0.1", port)
+        asking = asyncio.create_task(upwards(reader, below))
+        left = cut
+        with contextlib.suppress(ConnectionError):
+            while left and (data := await above.read(min(left, 1 << 16))):
+                writer.write(data)
+                await writer.drain()
+                left -= len(data)
+        below.close()
+        writer.transport.abort() if cut % 2 else writer.close()
+        await asyncio.gather(
+            asking, below.wait_closed(), writer.wait_closed(), return_exceptions=True
+        )
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listener:
+        with redis.Redis(port=listener.sockets[0].getsockname()[1]) as client:
+            yield client
+        await asyncio.gather(*handlers)
+
+
+def test_connection_cut_anywhere(server: RedisServer, client: redis.Redis, stored: Any) -> None:
+    """A connection that ends after k bytes is an error, naming a chunk once any is awaited."""
+    chunks, _ = stored
+    whole = sum(length for _, length in chunks)
+    draw = random.Random(3)
+    password = client.connection_pool.connection_kwargs["password"]
+
+    async def work(cut: int) -> None:
+        async with proxy(server.port, cut) as between:
+            between.connection_pool.connection_kwargs["password"] = password
+            with pytest.raises(ConnectionFailed) as caught:
+                await fetch(between, chunks, connections=2, timeout=5)
+        assert (caught.value.key in dict(chunks)) == (cut >= 5)
+
+    for cut in [0, 1, 4, 5, 6, 7, *(draw.randrange(whole // 2) for _ in range(25))]:
+        run_alone(work(cut))
+
+
+@contextlib.asynccontextmanager
+async def scripted(*answers: bytes) -> AsyncIterator[redis.Redis]:
+    """A client of an endpoint that gives one answer to each request, and then none."""
+    handlers = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        handlers.append(asyncio.current_task())
+        for answer in answers:
+            await reader.read(1000)
+            writer.write(answer)
+        while await reader.read(1000):
+            pass
+        writer.close()
+        await writer.wait_closed()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listener:
+        with redis.Redis(port=listener.sockets[0].getsockname()[1]) as client:
+            yield client
+        await asyncio.gather(*handlers)
+
+
+@pytest.mark.parametrize(
+    ("answers", "key"),
+    [
+        ([], b""),
+        ([b"+PO"], b""),
+        ([b"+PONG\r\n"], b"chunk:a"),
+        ([b"+PONG\r\n", b"*1\r\n$3\r\nabc\r\n", b"*1\r\n$3\r\nx"], b"chunk:b"),
+    ],
+)
+def test_stalled_server(answers: list[bytes], key: bytes) -> None:
+    """A server that falls silent, at whatever point, is an error within the timeout."""
+
+    async def work() -> None:
+        async with scripted(*answers) as client:
+            chunks = [(b"chunk:a", 3), (b"chunk:b", 3)]
+            one_request = patch.object(chunk_stream, "REQUESTS", 1)
+            with one_request, pytest.raises(ConnectionFailed, match="silent for") as caught:
+                await asyncio.wait_for(fetch(client, chunks, connections=1, timeout=0.3), 5)
+            assert caught.value.key == key
+
+    run_alone(work())
+
+
+def test_loading_server() -> None:
+    """A server that is still loading its data says so."""
+
+    async def work() -> None:
+        async with scripted(b"-LOADING Redis is loading the dataset in memory\r\n") as client:
+            with pytest.raises(RefusedByServer, match="LOADING"):
+                await fetch(client, [(b"chunk:x", 1)], timeout=5)
+
+    run_alone(work())
+
+
+@pytest.mark.parametrize("way", ["copy", "send"])
+def test_server_killed_in_mid_transfer(way: str) -> None:
+    """A server that dies while it sends, or while it is sent to, is an error naming a chunk."""
+    chunks, data = make_chunks("killed", [1_000_000] * 60)
+    calls = iter(range(60))
+
+    with RedisServer() as victim, redis.Redis.from_url(victim.url) as client:
+        process = client.info("server")["process_id"]
+
+        def pass_on(views: Any) -> int:
+            if next(calls) == 30:
+                os.kill(process, signal.SIGKILL)
+            return 1_000_000
+
+        async def work() -> None:
+            async with ChunkStream(client, timeout=5) as stream:
+                await getattr(stream, way)(chunks, pass_on)
+
+        store(client, chunks, data)
+        windows = patch.object(chunk_stream, "WINDOW_BYTES", 1_000_000)
+        with windows, pytest.raises(ConnectionFailed, match="chunk:killed:") as caught:
+            run_alone(work())
+        assert caught.value.key in dict(chunks)
+
+
+def test_connections_closed_between_transfers(client: redis.Redis, stored: Any) -> None:
+    """A connection that the server closed meanwhile is an error at once, naming a chunk."""
+    chunks, data = stored
+
+    async def work() -> None:
+        async with ChunkStream(client, connections=2, timeout=20) as stream:
+            await stream.fetch(chunks, bytearray(len(data)))
+            await asyncio.to_thread(client.client_kill_filter, _type="normal", skipme=True)
+            await asyncio.sleep(0.1)
+            with pytest.raises(ConnectionFailed, match="was closed while chunk") as caught:
+                await asyncio.wait_for(stream.fetch(chunks, bytearray(len(data))), 5)
+            assert caught.value.key in dict(chunks)
+
+    run_alone(work())
+
+
+def test_cancelled_fetch(client: redis.Redis, stored: Any) -> None:
+    """A cancellation in mid-transfer closes every connection and lets go of the buffer."""
+    chunks, data = stored
+    before = connected(client)
+
+    async def work() -> None:
+        buffer = bytearray(len(data))
+        async with ChunkStream(client) as stream:
+            task = asyncio.create_task(stream.fetch(chunks, buffer))
+            await asyncio.sleep(0.001)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            with pytest.raises(ConnectionFailed, match="failed before"):
+                await stream.fetch(chunks, bytearray(len(data)))
+
+    run_alone(work())
+    while connected(client) > before:
+        pass
+
+
+def test_too_many_connections_for_the_server() -> None:
+    """A server that allows fewer clients is one sentence, and no connection stays."""
+    with RedisServer(config=["maxclients 20"]) as small, redis.Redis.from_url(small.url) as client:
+        with pytest.raises(
+            (RefusedByServer, ConnectionFailed), match=r"fewer|max number of clients"
+        ):
+            run_alone(fetch(client, [(b"chunk:x", 1)], connections=100, timeout=5))
+        while connected(client) > 1:
+            pass
+
+
+LIMITED = """
+import resource, sys
+sys.path.insert(0, {folder!r})
+resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
+import asyncio, redis
+from chunk_stream import ChunkStream
+async def work():
+    async with ChunkStream(redis.Redis.from_url({url!r}), connections=300):
+        print("open")
+asyncio.run(work())
+"""
+
+
+def test_open_files(server: RedisServer) -> None:
+    """The soft limit of open files is raised; the hard one is an error with a command to type."""
+    folder = str(Path(chunk_stream.__file__).parent)
+
+    def limited(soft: int, hard: int) -> subprocess.CompletedProcess[str]:
+        code = LIMITED.format(folder=folder, soft=soft, hard=hard, url=server.url)
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert limited(100, 1000).stdout == "open\n"
+    assert "`ulimit -n 428`" in limited(100, 400).stderr
+
+
+# run() and fresh_buffer()
+
+
+def test_run_with_and_without_a_loop(client: redis.Redis, stored: Any) -> None:
+    """A transfer runs to its end in plain code, and inside a loop that is running already."""
+    chunks, data = stored
+
+    async def notebook() -> bytearray:
+        with pytest.raises(MissingChunk):
+            chunk_stream.run(fetch(client, [(b"chunk:none", 1)]))
+        return chunk_stream.run(fetch(client, chunks))
+
+    before = threading.active_count()
+    assert chunk_stream.run(fetch(client, chunks)) == data
+    assert asyncio.run(notebook()) == data
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_interrupt(inside: bool) -> None:
+    """Ctrl-C cancels what runs, waits for its clean-up, and comes out."""
+    ended = []
+
+    async def work() -> None:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        try:
+            await asyncio.sleep(10)
+        except asyncio.CancelledError:
+            await asyncio.sleep(0.01)
+            ended.append(True)
+            raise
+
+    async def notebook() -> None:
+        chunk_stream.run(work())
+
+    with pytest.raises(KeyboardInterrupt):
+        if inside:
+            loop = asyncio.new_event_loop()
+            try:
+                loop.run_until_complete(notebook())
+            finally:
+                loop.close()
+        else:
+            chunk_stream.run(work())
+    assert ended
+
+
+@pytest.mark.parametrize("size", [0, 1, 5_000, chunk_stream.POPULATE_BYTES * 2 + 5])
+def test_fresh_buffer(size: int) -> None:
+    """It is a writable buffer of zeros, of just this size, and populating it changes nothing."""
+    buffer = chunk_stream.fresh_buffer(size)
+    assert len(buffer) == size and not buffer.readonly
+    buffer[: size // 2] = b"x" * (size // 2)
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and thread.daemon:
+            thread.join(10)
+    assert buffer == b"x" * (size // 2) + bytes(size - size // 2)
