@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import psutil
 import redis
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL.Image import Image
 from pydicom.dataset import Dataset
+from pydicom.pixels import pixel_array
 
 import pixels
 from dicom_helpers import DicomStore
@@ -175,6 +181,113 @@ def bars(counts: pd.Series[Any], title: str, *, xlabel: str = "images") -> Figur
     axes.set(title=title, xlabel=xlabel, ylabel=str(counts.index.name))
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.08)
+    return _finished(figure)
+
+
+def frames_of(store: DicomStore, name: str, numbers: Sequence[int]) -> Figure:
+    """Return a figure of some frames of a stored image, fetching little more than them."""
+    figure, row = plt.subplots(
+        1, len(numbers), figsize=(WIDTH_INCHES, 3.4), layout="constrained", squeeze=False
+    )
+    with store.open(name) as file:
+        dataset = store.header(name)
+        for number, axes in zip(numbers, row.flat, strict=True):
+            frame = pixel_array(cast(BinaryIO, file), index=number)
+            axes.imshow(frame, cmap="gray", aspect=pixels.aspect(dataset))
+            axes.set_title(f"frame {number}", fontsize=9)
+            axes.set_axis_off()
+    return _finished(figure)
+
+
+def frame_costs(store: DicomStore, names: Iterable[str]) -> pd.DataFrame:
+    """Return what the middle frame of each image costs, against its whole file."""
+    rows = []
+    for name in names:
+        with store.open(name) as file:
+            frames = int(store.header(name).NumberOfFrames)
+            frame = pixel_array(cast(BinaryIO, file), index=frames // 2)
+            rows.append(
+                {
+                    "image": name,
+                    "frames": frames,
+                    "bytes of the frame": frame.nbytes,
+                    "bytes of the file": file.size,
+                    "bytes fetched": file.bytes_fetched,
+                    "round trips": file.round_trips,
+                }
+            )
+    return pd.DataFrame(rows).sort_values("bytes of the file", ascending=False, ignore_index=True)
+
+
+def slide_size(folder: Path, *, most: int = 1_000_000_000) -> int:
+    """Return how large a slide (bytes) fits into a quarter of what is free, at most `most`.
+
+    It lies on the disk of `folder`, in Redis, and once in the notebook.
+    """
+    free = min(psutil.virtual_memory().available, shutil.disk_usage(folder).free)
+    return max(5_000_000, min(most, free // 4))
+
+
+def times_by_size(store: DicomStore, names: Iterable[str]) -> pd.DataFrame:
+    """Return the median times (ms) to read a part and the whole of each file, by its size."""
+    rows = {}
+    for name in names:
+        size = store.layout(name).size
+        buffer = bytearray(size)
+
+        def part(name: str = name, size: int = size) -> None:
+            with store.open(name) as file:
+                file.seek(size // 2)
+                file.read(65_536)
+
+        def whole(name: str = name, buffer: bytearray = buffer) -> None:
+            store.read(name, into=buffer)
+
+        rows[size] = {
+            "64 KiB from its middle": timed(part, repeats=30)[1].median,
+            "the whole file": timed(whole, repeats=5)[1].median,
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("size")
+
+
+def slide_views(
+    overview: Image, region: Image, corner: tuple[int, int], dimensions: tuple[int, int]
+) -> Figure:
+    """Return a figure of a slide: the overview with a box, and what is in the box.
+
+    Parameters
+    ----------
+    overview, region : PIL.Image.Image
+        The whole slide made small, and a part of it in full resolution.
+    corner, dimensions : tuple of int
+        Where the region begins, and how large the slide is; x and y, width and height, in pixels
+        of full resolution.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH_INCHES, 4), layout="constrained")
+    left.imshow(overview)
+    scale = overview.width / dimensions[0]
+    # A box of its true size would not be seen.
+    width, height = (max(side * scale, overview.width / 40) for side in region.size)
+    at = (corner[0] * scale - width / 2, corner[1] * scale - height / 2)
+    left.add_patch(Rectangle(at, width, height, fill=False, edgecolor="black", linewidth=2))
+    left.set_title(f"{dimensions[0]:,} × {dimensions[1]:,} pixels; the box is enlarged", fontsize=9)
+    right.imshow(region)
+    right.set_title(f"{region.width} × {region.height} pixels of it at full size", fontsize=9)
+    left.set_axis_off()
+    right.set_axis_off()
+    return _finished(figure)
+
+
+def latency_by_size(times: pd.DataFrame, title: str) -> Figure:
+    """Return a figure of times (ms, one column a way to read) against file size (bytes, index)."""
+    figure, axes = plt.subplots(figsize=(WIDTH_INCHES, 3.8), layout="constrained")
+    styles = zip(times.columns, (BLUE, "#8a929b"), ("o-", "s--"), strict=False)
+    for name, color, style in styles:
+        axes.plot(times.index / 2**20, times[name], style, color=color, label=name)
+    axes.set(xscale="log", yscale="log", xlabel="file size, MiB", ylabel="ms", title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
     return _finished(figure)
 
 
