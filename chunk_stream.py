@@ -327,16 +327,19 @@ class ChunkStream:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._close(ConnectionFailed("This ChunkStream is closed."))
+        self._abort("is closed")
+        await self._closed()
 
     def _fail(self, error: ChunkStreamError) -> None:
         if not self._error.done():
             self._error.set_result(error)
 
-    async def _close(self, reason: ChunkStreamError) -> None:
-        self._fail(reason)
+    def _abort(self, why: str) -> None:
+        self._fail(ConnectionFailed(f"This ChunkStream {why}."))
         for connection in self._connections:
             connection.abort()
+
+    async def _closed(self) -> None:
         await asyncio.gather(*(each.closed for each in self._connections if each.closed))
 
     async def _watch(self, work: Coroutine[Any, Any, Result]) -> Result:
@@ -359,9 +362,9 @@ class ChunkStream:
                 )
             return task.result()
         except BaseException:
+            self._abort("has failed before")  # from here on nothing touches the buffer
             task.cancel()
-            closing = self._close(ConnectionFailed("This ChunkStream has failed before."))
-            await asyncio.gather(task, closing, return_exceptions=True)
+            await asyncio.gather(task, self._closed(), return_exceptions=True)
             raise
 
     async def _connect(self) -> None:

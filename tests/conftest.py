@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from redis_server import RedisServer
 
 PYDICOM_DATA = Path(pydicom.__file__).parent / "data"
 PYDICOM_FILES = PYDICOM_DATA / "test_files"
+
+
+# A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
@@ -261,6 +262,15 @@ def connected(client: redis.Redis) -> int:
     return client.info("clients")["connected_clients"]
 
 
+def assert_connected(client: redis.Redis, number: int) -> None:
+    """The server has just so many clients, as soon as it has noticed who left."""
+    for _ in range(100):
+        if connected(client) == number:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{connected(client)} clients are connected, not {number}.")
+
+
 @pytest.fixture
 def client(server: RedisServer) -> Any:
     with redis.Redis.from_url(server.url) as client:
@@ -301,19 +311,19 @@ def test_every_connection_is_at_work(client: redis.Redis, stored: Any) -> None:
 def test_one_stream_serves_many_transfers(client: redis.Redis, stored: Any) -> None:
     """Connections are opened once, and closed at the end."""
     chunks, data = stored
-    before = connected(client)
+    assert_connected(client, 1)
 
     async def work() -> None:
         async with ChunkStream(client, connections=3) as stream:
-            assert await asyncio.to_thread(connected, client) == before + 3
+            assert await asyncio.to_thread(connected, client) == 4
             for _ in range(3):
                 buffer = bytearray(len(data))
                 await stream.fetch(chunks, buffer)
                 assert buffer == data
-            assert await asyncio.to_thread(connected, client) == before + 3
+            assert await asyncio.to_thread(connected, client) == 4
 
     run_alone(work())
-    assert connected(client) == before
+    assert_connected(client, 1)
 
 
 def test_buffer_of_another_length_or_read_only(client: redis.Redis) -> None:
@@ -777,7 +787,7 @@ def test_connections_closed_between_transfers(client: redis.Redis, stored: Any) 
 def test_cancelled_fetch(client: redis.Redis, stored: Any) -> None:
     """A cancellation in mid-transfer closes every connection and lets go of the buffer."""
     chunks, data = stored
-    before = connected(client)
+    assert_connected(client, 1)
 
     async def work() -> None:
         buffer = bytearray(len(data))
@@ -791,19 +801,18 @@ def test_cancelled_fetch(client: redis.Redis, stored: Any) -> None:
                 await stream.fetch(chunks, bytearray(len(data)))
 
     run_alone(work())
-    while connected(client) > before:
-        pass
+    assert_connected(client, 1)
 
 
 def test_too_many_connections_for_the_server() -> None:
     """A server that allows fewer clients is one sentence, and no connection stays."""
     with RedisServer(config=["maxclients 20"]) as small, redis.Redis.from_url(small.url) as client:
+        assert connected(client) == 1
         with pytest.raises(
             (RefusedByServer, ConnectionFailed), match=r"fewer|max number of clients"
         ):
             run_alone(fetch(client, [(b"chunk:x", 1)], connections=100, timeout=5))
-        while connected(client) > 1:
-            pass
+        assert_connected(client, 1)
 
 
 LIMITED = """
