@@ -91,9 +91,9 @@ class ChunkReader(io.BufferedIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
         """Set the position and return it; as in `io.BytesIO`, also beyond the end."""
+        position = index(offset)
         with self._lock:
             self._check_open()
-            position = index(offset)
             if whence == io.SEEK_SET:
                 if position < 0:
                     raise ValueError(f"negative seek value {offset} in {self.name}")
@@ -108,10 +108,11 @@ class ChunkReader(io.BufferedIOBase):
             return position
 
     def read(self, size: int | None = -1, /) -> bytes:
+        most = -1 if size is None else index(size)
         with self._lock:
             self._check_open()
             left = max(0, self.size - self._position)
-            wanted = left if size is None or index(size) < 0 else min(index(size), left)
+            wanted = left if most < 0 else min(most, left)
             pieces = self._pieces(wanted)
             self._position += wanted
             return bytes(pieces[0]) if len(pieces) == 1 else b"".join(pieces)
@@ -121,12 +122,23 @@ class ChunkReader(io.BufferedIOBase):
         with self._lock:
             return self.read(len(self.peek()) if size is None or index(size) < 0 else size)
 
-    def readinto(self, buffer: Any, /) -> int:
+    def readline(self, size: int | None = -1, /) -> bytes:
+        # IOBase's returns more than `size` where a peek ends, as ours do at the end of a chunk.
+        left = self.size if size is None or index(size) < 0 else index(size)
+        pieces = []
         with self._lock:
             self._check_open()
-            view = memoryview(buffer)
-            if view.readonly or not view.c_contiguous:
-                raise TypeError("readinto() needs a writable, contiguous buffer")
+            while left > 0 and (ahead := self.peek()[:left]):
+                pieces.append(self.read(ahead.find(b"\n") + 1 or len(ahead)))
+                left = 0 if pieces[-1].endswith(b"\n") else left - len(ahead)
+        return b"".join(pieces)
+
+    def readinto(self, buffer: Any, /) -> int:
+        view = memoryview(buffer)
+        if view.readonly or not view.c_contiguous:
+            raise TypeError("readinto() needs a writable, contiguous buffer")
+        with self._lock:
+            self._check_open()
             wanted = min(view.nbytes, max(0, self.size - self._position))
             filled = 0
             while filled < wanted:
@@ -212,10 +224,11 @@ class ChunkReader(io.BufferedIOBase):
         chunk_size = self._layout.chunk_size
         spare_bytes = max(0, LEAST_FETCH_BYTES - len(missing) * chunk_size)
         spare = self._missing(self._after(missing[-1], spare_bytes))
-        # What is wrong with a spare chunk concerns only the read that wants it.
-        with contextlib.suppress(*([DicomRedisError] if spare else [])):
-            self._keep(missing + spare, self._fetch(self._counted(missing + spare)))
-            return
+        if spare:
+            # What is wrong with a spare chunk concerns only the read that wants it.
+            with contextlib.suppress(DicomRedisError):
+                self._keep(missing + spare, self._fetch(self._counted(missing + spare)))
+                return
         step = max(1, BATCH_BYTES // chunk_size)
         for first in range(0, len(missing), step):
             batch = missing[first : first + step]
