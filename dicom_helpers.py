@@ -629,8 +629,12 @@ class DicomStore:
             start = documents.dataset_start(cast(BinaryIO, file))
             if start is None:
                 raise NotDicomError(f"{file.name} is not a DICOM file and has no header.")
-            file.seek(start if start == 1 else 0)
-            return pydicom.dcmread(file, stop_before_pixels=True, force=True)
+            source: Any = file
+            if start == 1:  # after a stray byte; pydicom would begin before it
+                file.seek(start)
+                source = io.BytesIO(file.read())
+            source.seek(0)
+            return pydicom.dcmread(source, stop_before_pixels=True, force=True)
 
     def layout(self, name: str) -> Layout:
         """Return how a stored file is cut into chunks; `name` as for :meth:`read`."""
