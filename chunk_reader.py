@@ -140,18 +140,18 @@ class ChunkReader(io.BufferedIOBase):
         with self._lock:
             self._check_open()
             wanted = min(view.nbytes, max(0, self.size - self._position))
-            filled = 0
-            while filled < wanted:
-                # In steps, so that no more than one of them is held beside the caller's buffer.
-                step = min(wanted - filled, BATCH_BYTES)
-                for piece in self._pieces(step):
-                    view.cast("B")[filled : filled + len(piece)] = piece
-                    filled += len(piece)
-                self._position += step
+            start, filled = self._position, 0
+            try:
+                while filled < wanted:
+                    # In steps: no more than one of them is held beside the caller's buffer.
+                    for piece in self._pieces(min(wanted - filled, BATCH_BYTES)):
+                        view.cast("B")[filled : filled + len(piece)] = piece
+                        filled += len(piece)
+                    self._position = start + filled
+            except BaseException:
+                self._position = start
+                raise
             return wanted
-
-    def readinto1(self, buffer: Any, /) -> int:
-        return self.readinto(buffer)
 
     def peek(self, size: int = 0, /) -> bytes:
         """Return what is left of the chunk at the position, at least one byte before the end."""
@@ -243,8 +243,9 @@ class ChunkReader(io.BufferedIOBase):
         gap = self._missing(self._after(last, size))
         if gap:
             numbers = self._missing(self._after(gap[0] - 1, size))
-            self._coming = _Coming(self._fetch, self._counted(numbers))
-            self._coming.start()
+            coming = _Coming(self._fetch, self._counted(numbers))
+            coming.start()
+            self._coming = coming
 
     def _receive(self, coming: _Coming) -> None:
         coming.join()

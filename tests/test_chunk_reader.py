@@ -405,6 +405,20 @@ def test_what_is_fetched_ahead_fails_no_read_before_it():
         assert b"".join(pieces) + reader.read() == RANDOM * 6
 
 
+def test_a_large_readinto_that_fails_leaves_the_position():
+    """Also where the broken chunk comes after the first step of 16 MiB."""
+    memory = Memory(RANDOM * 20, 1 << 20)
+    memory.broken = {18}
+    with memory.open() as reader:
+        buffer = bytearray(reader.size)
+        with pytest.raises(MissingChunkError):
+            reader.readinto(buffer)
+        assert reader.tell() == 0
+        memory.broken.clear()
+        assert reader.readinto(buffer) == reader.size
+        assert buffer == RANDOM * 20
+
+
 def test_a_file_replaced_or_deleted_since_it_was_opened_says_so(store, client):
     """The reader never mixes versions: what it still needs raises, and says what to do."""
     old, new = dicom(pixels=RANDOM), dicom(pixels=RANDOM[::-1])

@@ -13,20 +13,18 @@ import tiffslide
 import zarr
 from conftest import PYDICOM_FILES
 from PIL import Image
-from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate, encapsulate_extended, generate_frames
 from pydicom.pixels import iter_pixels, pixel_array
-from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 
 from chunk_reader import ChunkReader
 from dicom_helpers import DicomStore
 from errors import NotDicomError
 from layout import DEFAULT_CHUNK_SIZE, Layout, plan_tail
+from sample_cine import write_sample_cine
 from sample_slide import write_sample_slide
 
 SLIDE_BYTES = 20_000_000
-FRAMES, ROWS, COLUMNS = 400, 512, 512
-FRAME_BYTES = ROWS * COLUMNS * 2
+FRAMES, FRAME_BYTES = 400, 512 * 1024
 
 
 @pytest.fixture(scope="session")
@@ -34,53 +32,24 @@ def slide(tmp_path_factory):
     return write_sample_slide(tmp_path_factory.mktemp("slide") / "made_up.svs", size=SLIDE_BYTES)
 
 
-def write_frames(path):
-    """Write an uncompressed instance of 400 frames, 200 MiB: holes on disk but for three frames."""
-    dataset = Dataset()
-    dataset.SOPClassUID = MRImageStorage
-    dataset.SOPInstanceUID = "1.2.3.400"
-    dataset.PatientName = "Made^Up"
-    dataset.Modality = "MR"
-    dataset.NumberOfFrames, dataset.Rows, dataset.Columns = FRAMES, ROWS, COLUMNS
-    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
-    dataset.BitsAllocated = dataset.BitsStored = 16
-    dataset.HighBit, dataset.PixelRepresentation = 15, 0
-    dataset.add_new("PixelData", "OW", b"")
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset.save_as(path, enforce_file_format=True)
-    start = path.stat().st_size
-    with path.open("r+b") as file:
-        file.seek(start - 4)
-        file.write((FRAMES * FRAME_BYTES).to_bytes(4, "little"))
-        file.truncate(start + FRAMES * FRAME_BYTES)
-        for frame in (0, 217, 399):
-            file.seek(start + frame * FRAME_BYTES)
-            file.write(pixels_of(frame).tobytes())
-
-
-def pixels_of(frame):
-    return np.random.default_rng(frame).integers(0, 2**16, (ROWS, COLUMNS), dtype="<u2")
-
-
 # --- the targets ---------------------------------------------------------------------------------
 
 
 def test_a_large_instance_is_read_in_part(store, client, tmp_path):
     """Header: 2 chunks, 3 round trips; a frame: its bytes + 2 chunks, 5 round trips."""
-    write_frames(tmp_path / "frames.dcm")
-    store.load(tmp_path / "frames.dcm")
+    path = write_sample_cine(tmp_path / "frames.dcm", frames=FRAMES)
+    store.load(path)
     client.config_resetstat()
     header = store.header("frames.dcm")
     stats = client.info("commandstats")
-    assert (header.NumberOfFrames, header.PatientName) == (FRAMES, "Made^Up")
+    assert (header.NumberOfFrames, header.PatientName) == (FRAMES, "MADE UP")
     assert "PixelData" not in header
     assert stats["cmdstat_json.get"]["calls"] <= 3
     assert stats["cmdstat_mget"]["calls"] <= 2
     assert client.info("stats")["total_net_output_bytes"] < 2 * DEFAULT_CHUNK_SIZE + 20_000
     for frame in (0, 217, 399):
         with store.open("frames.dcm") as file:
-            assert np.array_equal(pixel_array(file, index=frame), pixels_of(frame))
+            assert np.array_equal(pixel_array(file, index=frame), pixel_array(path, index=frame))
         assert file.bytes_fetched <= FRAME_BYTES + 2 * DEFAULT_CHUNK_SIZE
         assert file.round_trips <= 5
 
