@@ -4,6 +4,7 @@
 # make check   set up, check format, lint and types
 # make format  put the code into its format
 # make notebook  run the notebook and keep its outputs in it
+# make bench-partial  measure what reading a part takes as files grow (5 minutes, 6 GB of memory)
 # make clean   remove what the set-up made
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ REDIS := .redis/redis-server
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test check format notebook clean
+.PHONY: help demo lab test check format notebook bench-partial clean
 
 help:
 	@grep -E '^# make' Makefile | sed 's/^# //'
@@ -60,6 +61,9 @@ $(DEV): requirements-dev.txt $(RUN)
 $(REDIS): | .venv/bin/python
 	@echo 'Installing the embedded Redis into .redis (once, 53 MB) ...'
 	@$(BIN)/python redis_server.py install
+
+bench-partial: $(RUN) $(REDIS)
+	@$(BIN)/python benchmarks/partial.py
 
 clean:
 	rm -rf .venv .redis

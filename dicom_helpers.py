@@ -605,14 +605,16 @@ class DicomStore:
         ChunkReader
             A binary file of the version that is stored now, for pydicom, tifffile and others.
         """
-        layout = self.layout(name)
+        key, members = self._lookup(name, LAYOUT_MEMBERS)
+        layout = parse_layout(key, members)
         reader = ChunkReader(
             layout,
             lambda numbers: self._some_chunks(layout, numbers),
-            name=path_of(layout.key),
+            name=path_of(key),
             cache_bytes=cache_bytes,
         )
-        reader.round_trips = 1  # the document's
+        # The document's; an imageName was looked for as a path and by a search before.
+        reader.round_trips = 1 if name in (key, path_of(key)) else 3
         return reader
 
     def header(self, name: str) -> pydicom.Dataset:
@@ -627,8 +629,12 @@ class DicomStore:
             start = documents.dataset_start(cast(BinaryIO, file))
             if start is None:
                 raise NotDicomError(f"{file.name} is not a DICOM file and has no header.")
-            file.seek(start if start == 1 else 0)
-            return pydicom.dcmread(file, stop_before_pixels=True, force=True)
+            source: Any = file
+            if start == 1:  # after a stray byte; pydicom would begin before it
+                file.seek(start)
+                source = io.BytesIO(file.read())
+            source.seek(0)
+            return pydicom.dcmread(source, stop_before_pixels=True, force=True)
 
     def layout(self, name: str) -> Layout:
         """Return how a stored file is cut into chunks; `name` as for :meth:`read`."""
@@ -769,9 +775,15 @@ class DicomStore:
         """Return some chunks of one version, checked, in one round trip."""
         runs = [f"$.crc[{first}:{last + 1}]" for first, last in _runs(numbers)]
         with self._client.pipeline(transaction=False) as pipe:
-            pipe.execute_command("JSON.GET", layout.key, "$.version", *runs)
+            # In this order: a document that is still the same had all its chunks just before.
             pipe.mget([layout.chunk_key(number) for number in numbers])
-            reply, chunks = pipe.execute()
+            pipe.execute_command("JSON.GET", layout.key, "$.version", *runs)
+            try:
+                chunks, reply = pipe.execute()
+            except redis.ResponseError as error:
+                raise DamagedError(
+                    f"{layout.key} cannot be read: {_server_words(error)}. Load the file again."
+                ) from None
         found = json.loads(reply or "{}")
         if found.get("$.version") != [layout.version]:
             raise MissingChunkError(
