@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import os
+import re
 import secrets
 import stat
 import sys
@@ -1091,7 +1092,14 @@ class DicomStore:
         self._ensure_index()
         for name in conditions:
             self._field(name)
-        return build_query(query, conditions, self._index)
+        return build_query(query, conditions, self._index, self._other_forms)
+
+    def _other_forms(self, field: str, word: str) -> list[str]:
+        """Return the terms that the engine searches for beside `word`: those of its stem."""
+        plan = self._client.execute_command(
+            "FT.EXPLAIN", INDEX, f"@{field}:($word)", "PARAMS", "2", "word", word, "DIALECT", "2"
+        )
+        return re.findall(r"^ +@\w+:(.+)\(expanded\)$", plan.decode(), flags=re.MULTILINE)
 
     def _field(self, name: str) -> str:
         """Return the indexed field that `name` means; another process may just have added it."""
@@ -1170,13 +1178,12 @@ class DicomStore:
         own = {indexed.keyword for indexed in documents.FIELDS.values()}
         self._ensure_index()
         self._add_fields({each: header_field(each) for each in keywords if each not in own})
+        self._wait_for_index()  # another process may have added them just now
         counts = []
         for keyword in keywords:
             search = self._query("", {keyword: ...})
-            (*_, total) = self._groups(
-                search, "GROUPBY", "0", "REDUCE", "COUNT", "0", "AS", "n"
-            ) or [{b"n": b"0"}]
-            counts.append(int(total[b"n"]))
+            groups = self._groups(search, "GROUPBY", "0", "REDUCE", "COUNT", "0", "AS", "n")
+            counts.append(sum(int(group[b"n"]) for group in groups))
         return pd.Series(counts, index=list(keywords), name="files", dtype="int64")
 
     def _ensure_index(self) -> None:

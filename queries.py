@@ -7,7 +7,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from numbers import Real
@@ -201,9 +201,18 @@ class Query(NamedTuple):
     expands_values: bool = False
 
 
-def build_query(query: str, conditions: Mapping[str, Any], index: IndexInfo) -> Query:
-    """Return the query for `conditions`; their values travel in its PARAMS alone."""
-    builder = _Builder(index)
+def build_query(
+    query: str,
+    conditions: Mapping[str, Any],
+    index: IndexInfo,
+    other_forms: Callable[[str, str], list[str]],
+) -> Query:
+    """Return the query for `conditions`; their values travel in its PARAMS alone.
+
+    `other_forms` says which other terms the engine searches for with a word of a field: it does not
+    add them by itself within a negation.
+    """
+    builder = _Builder(index, other_forms)
     clauses = [f"({query})"] if query.strip() else []
     clauses += [builder.clause(index.field(name), wanted) for name, wanted in conditions.items()]
     flat = [text for item in builder.parameters.items() for text in item]
@@ -217,8 +226,10 @@ def build_query(query: str, conditions: Mapping[str, Any], index: IndexInfo) -> 
 
 
 class _Builder:
-    def __init__(self, index: IndexInfo) -> None:
+    def __init__(self, index: IndexInfo, other_forms: Callable[[str, str], list[str]]) -> None:
         self._index = index
+        self._other_forms = other_forms
+        self._negated = False
         self.parameters: dict[str, str] = {}
         self.expands = False
 
@@ -229,7 +240,10 @@ class _Builder:
 
     def clause(self, name: str, wanted: Any) -> str:
         if isinstance(wanted, not_):
-            return f"-({self.clause(name, wanted.condition)})"
+            outside, self._negated = self._negated, True
+            inner = self.clause(name, wanted.condition)
+            self._negated = outside
+            return f"-({inner})"
         if isinstance(wanted, words):
             return self._words(name, wanted.text)
         if wanted is None:
@@ -276,13 +290,13 @@ class _Builder:
         for piece in text.split():
             parts = [_word(part) for part in _SEPARATORS.split(piece)]
             parts = [part for part in parts if part]
-            wanted += [self._word(part, prefix=False) for part in parts[:-1]]
-            wanted += [self._word(part, prefix=piece.endswith("*")) for part in parts[-1:]]
+            wanted += [self._word(name, part, prefix=False) for part in parts[:-1]]
+            wanted += [self._word(name, part, prefix=piece.endswith("*")) for part in parts[-1:]]
         if not wanted:
             raise ValueError(f"{name}: {text!r} has no word in it.")
         return f"@{name}{WORDS}:({' '.join(wanted)})"
 
-    def _word(self, word: str, *, prefix: bool) -> str:
+    def _word(self, name: str, word: str, *, prefix: bool) -> str:
         if prefix and len(word.encode()) < SHORTEST_PREFIX:
             raise ValueError(f"{word}*: give at least {SHORTEST_PREFIX} letters before the star.")
         if not prefix and word.lower() in self._index.stop_words:
@@ -290,11 +304,21 @@ class _Builder:
                 f"This index was made without small words like {word!r}: leave it out, or make the "
                 "index anew with drop_index()."
             )
+        # The engine folds the case of ASCII letters alone, and of a prefix that of all letters.
+        spellings = {word, word.lower(), word.upper(), word.capitalize()}
+        if word.isascii():
+            spellings = {word}
+        elif prefix and len(spellings) > 1:
+            raise ValueError(
+                f"{word}*: as a beginning the engine finds this only in small letters; give the "
+                "whole word, or plain letters before the star."
+            )
+        if self._negated and not prefix:
+            forms = [self._other_forms(name + WORDS, spelling) for spelling in spellings]
+            spellings = spellings.union(*forms)
         self.expands |= prefix
-        # The engine folds the case of ASCII letters alone.
-        spellings = [word] if word.isascii() else [word.lower(), word.upper(), word.capitalize()]
         star = "*" if prefix else ""
-        return f"({'|'.join(self._parameter(spelling) + star for spelling in spellings)})"
+        return f"({'|'.join(self._parameter(spelling) + star for spelling in sorted(spellings))})"
 
 
 def _word(text: str) -> str:
@@ -390,7 +414,10 @@ def ordered(
     field = name.encode()
     present = [hit for hit in hits if hit[1].get(field) is not None]
     absent = [hit for hit in hits if hit[1].get(field) is None]
-    present.sort(key=lambda hit: values_of(kind, hit[1][field]), reverse=descending)
+    if kind == "TAG":
+        present.sort(key=lambda hit: hit[1][field], reverse=descending)
+    else:
+        present.sort(key=lambda hit: values_of(kind, hit[1][field]), reverse=descending)
     return present + absent
 
 
