@@ -4,6 +4,7 @@
 # make check   set up, check format, lint and types
 # make format  put the code into its format
 # make notebook  run the notebook and keep its outputs in it
+# make bench-search  measure searching, and the scenarios beside the published method
 # make clean   remove what the set-up made
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ REDIS := .redis/redis-server
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test check format notebook clean
+.PHONY: help demo lab test check format notebook bench-search clean
 
 help:
 	@grep -E '^# make' Makefile | sed 's/^# //'
@@ -28,6 +29,9 @@ lab: $(RUN) $(REDIS)
 
 notebook: $(RUN) $(REDIS)
 	@$(BIN)/python run_notebook.py --in-place
+
+bench-search: $(DEV) $(REDIS)
+	@$(BIN)/python benchmarks/search.py
 
 test: $(DEV) $(REDIS)
 	@$(BIN)/python -m pytest

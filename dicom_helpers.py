@@ -941,7 +941,7 @@ class DicomStore:
         for name, field in fields.items():
             replies = [values.get(field.encode()) for _, values in found]
             if keep_empty or any(reply is not None for reply in replies):
-                columns[name] = column(self._index.fields[field], replies)
+                columns[name] = column(field, self._index.fields[field], replies)
         return pd.DataFrame(columns, copy=False)
 
     def count_by(
@@ -1003,14 +1003,20 @@ class DicomStore:
             key=lambda item: (item[0][0] is None, 0 if by else -item[1], item[0][0]),
         )
         values = [value for (value,), _ in ranked]
-        numeric = all(isinstance(value, int) or value is None for value in values)
-        index = pd.Index(values, name=name, dtype="Int64" if numeric and None in values else None)
-        return pd.Series([n for _, n in ranked], index=index, name="count", dtype="int64")
+        if any(isinstance(value, str) for value in values):
+            texts = text_column([np.nan if value is None else value for value in values])
+            index = pd.Index(texts, name=name, copy=False)
+        else:
+            integers = all(isinstance(value, int) or value is None for value in values)
+            nullable = "Int64" if integers and None in values else None
+            index = pd.Index(values, name=name, dtype=nullable)
+        totals = np.array([total for _, total in ranked], dtype=np.int64)
+        return pd.Series(totals, index=index, name="count", copy=False)
 
     def _values(self, field: str, reply: bytes | None, by: str | None) -> set[Any]:
         if reply is None:
             return {None}
-        values = values_of(self._index.fields[field], reply)
+        values = values_of(field, self._index.fields[field], reply)
         return {period_of(value, by) if by and field in DATE_FIELDS else value for value in values}
 
     def similar(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import calendar
+import contextlib
 import difflib
 import json
 import math
@@ -363,16 +364,18 @@ def _period(name: str, value: Any) -> tuple[int, int]:
 # --- answers -------------------------------------------------------------------------------------
 
 
-def values_of(kind: str, reply: bytes) -> list[Any]:
+_TEXT = pd.StringDtype("python", na_value=np.nan)
+
+
+def values_of(name: str, kind: str, reply: bytes) -> list[Any]:
     """Return the values in a cell of an answer: several if `reply` is the text of a JSON array."""
-    if reply[:1] == b"[":
-        with_brackets = reply.decode()
-        try:
-            found = json.loads(with_brackets)
-        except ValueError:
-            return [with_brackets]
+    # A text of our own is never one of several, though it may look like an array.
+    if reply[:1] == b"[" and (kind == "NUMERIC" or name not in INDEX_FIELDS):
         wanted = str if kind == "TAG" else int | float
-        return found if all(isinstance(one, wanted) for one in found) else [with_brackets]
+        with contextlib.suppress(ValueError):
+            found = json.loads(reply)
+            if found and all(isinstance(one, wanted) for one in found):
+                return list(found)
     if kind == "TAG":
         return [reply.decode()]
     number = float(reply)
@@ -380,22 +383,19 @@ def values_of(kind: str, reply: bytes) -> list[Any]:
     return [int(number) if number.is_integer() and abs(number) < 2**53 else number]
 
 
-def column(kind: str, replies: Sequence[bytes | None]) -> Any:
+def column(name: str, kind: str, replies: Sequence[bytes | None]) -> Any:
     """Return the cells of an answer as an array for a DataFrame, of the type that they need.
 
     Numbers are Int64, or Float64 if any has a fraction; several values of one attribute are text
     with backslashes between them, as DICOM writes them (PS3.5 6.4).
     """
-    cells: list[Any] = []
-    for reply in replies:
-        values = [] if reply is None else values_of(kind, reply)
-        cells.append(
-            "\\".join(map(str, values)) if len(values) > 1 else values[0] if values else None
-        )
-    absent = np.array([cell is None for cell in cells], dtype=bool)
-    if kind == "TAG" or any(isinstance(cell, str) for cell in cells):
-        return text_column([np.nan if cell is None else str(cell) for cell in cells])
-    numbers = [0 if cell is None else cell for cell in cells]
+    if kind == "TAG" and name in INDEX_FIELDS:
+        return text_column([np.nan if reply is None else reply.decode() for reply in replies])
+    values = [None if reply is None else values_of(name, kind, reply) for reply in replies]
+    if kind == "TAG" or any(several is not None and len(several) > 1 for several in values):
+        return text_column([np.nan if v is None else "\\".join(map(str, v)) for v in values])
+    absent = np.array([one is None for one in values], dtype=bool)
+    numbers = [0 if one is None else one[0] for one in values]
     if any(isinstance(number, float) for number in numbers):
         return pd.arrays.FloatingArray(np.array(numbers, dtype=np.float64), absent)
     return pd.arrays.IntegerArray(np.array(numbers, dtype=np.int64), absent)
@@ -404,7 +404,7 @@ def column(kind: str, replies: Sequence[bytes | None]) -> Any:
 def text_column(texts: Sequence[Any]) -> Any:
     """Return texts, NaN where there is none, as the array that pandas would infer, but quicker."""
     make: Any = pd.arrays.StringArray  # pandas-stubs do not know its `dtype`
-    return make(np.array(texts, dtype=object), dtype=pd.StringDtype("python", na_value=np.nan))
+    return make(np.array(texts, dtype=object), dtype=_TEXT)
 
 
 def ordered(
@@ -417,7 +417,7 @@ def ordered(
     if kind == "TAG":
         present.sort(key=lambda hit: hit[1][field], reverse=descending)
     else:
-        present.sort(key=lambda hit: values_of(kind, hit[1][field]), reverse=descending)
+        present.sort(key=lambda hit: values_of(name, kind, hit[1][field]), reverse=descending)
     return present + absent
 
 

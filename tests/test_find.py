@@ -274,6 +274,14 @@ def test_columns(store):
     assert both["modality"].isna().tolist() == [False, True] and both["rows"].tolist() == [5, 6]
 
 
+def test_texts_that_look_like_arrays(store):
+    """A text in brackets is shown and counted as it is."""
+    for number, text in enumerate(['["a"]', "[1]", "[", "[]"]):
+        store.put(f"{number}", dicom(ProtocolName=text))
+        assert store.find(protocolName=text)["protocolName"].tolist() == [text]
+        assert store.count_by("protocolName")[text] == 1
+
+
 # --- any attribute -------------------------------------------------------------------------------
 
 
