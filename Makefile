@@ -1,11 +1,3 @@
-# make demo    set up, run the notebook from top to bottom, print the scenarios' results
-# make lab     set up, open the notebook in JupyterLab
-# make test    set up, run all tests
-# make check   set up, check format, lint and types
-# make format  put the code into its format
-# make notebook  run the notebook and keep its outputs in it
-# make bench-partial  measure what reading a part takes as files grow (5 minutes, 6 GB of memory)
-# make clean   remove what the set-up made
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -16,7 +8,7 @@ REDIS := .redis/redis-server
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test check format notebook bench-partial clean
+.PHONY: help demo lab test check format notebook bench bench-partial bench-search clean
 
 help:
 	@grep -E '^# make' Makefile | sed 's/^# //'
@@ -42,6 +34,15 @@ format: $(DEV)
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
+bench: $(RUN) $(REDIS)
+	@$(BIN)/python benchmarks/transfer.py
+
+bench-partial: $(RUN) $(REDIS)
+	@$(BIN)/python benchmarks/partial.py
+
+bench-search: $(RUN) $(REDIS)
+	@$(BIN)/python benchmarks/search.py
+
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ...' >&2; exit 1; }
@@ -61,9 +62,6 @@ $(DEV): requirements-dev.txt $(RUN)
 $(REDIS): | .venv/bin/python
 	@echo 'Installing the embedded Redis into .redis (once, 53 MB) ...'
 	@$(BIN)/python redis_server.py install
-
-bench-partial: $(RUN) $(REDIS)
-	@$(BIN)/python benchmarks/partial.py
 
 clean:
 	rm -rf .venv .redis

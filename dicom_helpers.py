@@ -12,26 +12,32 @@ import contextlib
 import errno
 import hashlib
 import io
+import itertools
 import json
 import os
+import re
 import secrets
 import stat
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, cast
 
+import numpy as np
 import pandas as pd
 import pydicom
 import redis
+from numpy.typing import NDArray
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import NoPermissionError
 from redis.retry import Retry
 from tqdm import tqdm
 
+import descriptor
 import documents
 import slides
 from chunk_reader import CACHE_BYTES, ChunkReader
@@ -42,7 +48,9 @@ from errors import (
     DamagedError,
     DicomRedisError,
     MissingChunkError,
+    NoDescriptorError,
     NotDicomError,
+    NotIndexedError,
     NotStoredError,
     SearchError,
     SearchTimeoutError,
@@ -66,18 +74,26 @@ from layout import (
     shown_path,
 )
 from queries import (
+    DATE_FIELDS,
+    DESCRIPTOR,
     INDEX,
-    INDEX_FIELDS,
-    MULTI_VALUED_FIELDS,
+    SCHEMA,
     SEARCH_TIMEOUT_MS,
     TIMED_OUT,
-    UNSORTED_FIELDS,
+    IndexInfo,
+    Query,
     build_query,
-    cell,
-    check_field,
-    has_fractions,
+    column,
+    header_field,
+    ordered,
+    period_of,
     refuse_partial,
+    refuse_unexpanded,
+    text_column,
+    values_of,
 )
+from queries import not_ as not_
+from queries import words as words
 from redis_server import shared_server
 
 LEASE_MS = 5000
@@ -89,10 +105,14 @@ ATTEMPTS = 20
 CHANGED = "changed while it was read; load it again"
 UNINDEXED = "stored, but no search finds it: a value does not fit the type of an indexed field"
 SEARCH_PAGE = 10_000
+SIMILAR_COLUMNS = ("imageName", "modality", "bodyPartExamined", "seriesDescription")
 OWN_REDIS = (
     "Use Redis 8 or Redis Stack (`docker compose up -d`), or leave REDIS_URL unset for the "
     "embedded server."
 )
+
+
+Hit = tuple[str, Mapping[bytes, bytes]]
 
 
 # --- connecting ----------------------------------------------------------------------------------
@@ -180,6 +200,8 @@ class DicomStore:
         Length of a chunk in bytes, 1 to 16 MiB.
     progress : bool, optional
         Whether long work shows a progress bar.
+    descriptors : bool, optional
+        Whether loading decodes a frame of every image for :meth:`similar`.
 
     Raises
     ------
@@ -188,14 +210,21 @@ class DicomStore:
     """
 
     def __init__(
-        self, client: redis.Redis, *, chunk_size: int = DEFAULT_CHUNK_SIZE, progress: bool = True
+        self,
+        client: redis.Redis,
+        *,
+        chunk_size: int = DEFAULT_CHUNK_SIZE,
+        progress: bool = True,
+        descriptors: bool = True,
     ) -> None:
         if not 1 <= chunk_size <= BATCH_BYTES:
             raise ValueError(f"chunk_size is {chunk_size}; it can be 1 to {BATCH_BYTES} bytes.")
         self.chunk_size = chunk_size
         self.progress = progress
+        self.descriptors = descriptors
         self._client = _binary_client(client)
         self._index_known = False
+        self._index = IndexInfo({}, frozenset())
 
     def __repr__(self) -> str:
         return f"DicomStore(chunk_size={self.chunk_size})"
@@ -360,6 +389,8 @@ class DicomStore:
             if self._holds(current, size, _sha256(file)):
                 return {**row, "status": "unchanged", "reason": reason}
             _refuse_another_image(key, current, members, replace)
+        if self.descriptors and (seen := descriptor.of_file(file, members)):
+            members[DESCRIPTOR] = seen
         for _ in range(ATTEMPTS):
             layout = Layout(key, secrets.token_hex(6), size, self.chunk_size, tail)
             try:
@@ -830,7 +861,13 @@ class DicomStore:
     # --- searching ---
 
     def find(
-        self, query: str = "", *, columns: Sequence[str] | None = None, **conditions: Any
+        self,
+        query: str = "",
+        *,
+        columns: Sequence[str] | None = None,
+        order_by: str | None = None,
+        limit: int | None = None,
+        **conditions: Any,
     ) -> pd.DataFrame:
         """Find stored files by their indexed fields, in one round trip.
 
@@ -840,10 +877,23 @@ class DicomStore:
             A query in RediSearch's own language (dialect 2), beside the conditions.
         columns : sequence of str, optional
             The indexed fields to show; all that any of the files has by default.
+        order_by : str, optional
+            The field to sort by, descending with a minus before it; files without it come last,
+            equal ones in order of their path.
+        limit : int, optional
+            Only so many files, the first ones in that order.
         **conditions
-            ``field=value``; a list means one of several; a tuple ``(low, high)`` a range, where
-            None leaves one side open. Dates are ``20190131``, ``"2019-01-31"`` or
-            `datetime.date`.
+            ``field=value``, of which all have to be met; the field by its name, as `modality`, or
+            its DICOM keyword, as `Modality` (`Columns`, since `columns` is taken). A value is
+
+            - a text or a number that the field equals, or one of the field's several values;
+            - a date: ``20190131``, ``"2019-01-31"``, `datetime.date`; or all of a month or a year:
+              ``"2019-01"``, ``"2019"``;
+            - a tuple ``(low, high)``: a range, both ends included, None for an open side;
+            - a list: one of several of these;
+            - None if the field is absent, ``...`` if it is present;
+            - ``words("contrast brain*")``: all these words, stemmed, or the beginnings of them;
+            - ``not_(value)``: none of what `value` matches, files without the field among them.
 
         Returns
         -------
@@ -852,82 +902,235 @@ class DicomStore:
 
         Raises
         ------
+        NotIndexedError
+            If a field is not indexed.
         ValueError
-            If a field is not indexed or a value does not fit it.
+            If a value does not fit its field.
         SearchError, SearchTimeoutError
             If there is no complete answer.
         """
-        shown = list(INDEX_FIELDS) if columns is None else list(columns)
-        for name in shown:
-            check_field(name)
-        text, parameters = build_query(query, conditions)
-        page = ["LIMIT", "0", str(SEARCH_PAGE)]
-        reply = self._search(
-            "FT.SEARCH", text, parameters, "RETURN", str(len(shown)), *shown, *page
-        )
-        found = [(hit[b"id"], hit.get(b"extra_attributes", {})) for hit in reply[b"results"]]
-        if reply[b"total_results"] > len(found):
-            load = ["LOAD", str(len(shown) + 1), "@__key", *(f"@{name}" for name in shown)]
-            found = [(group[b"__key"], group) for group in self._groups(text, parameters, *load)]
-        rows = []
-        for key, values in sorted(found, key=lambda hit: hit[0]):
-            name_of = os.fsdecode(key)
-            row: dict[str, Any] = {"path": shown_path(path_of(name_of)), "key": name_of}
-            for name in shown:
-                value = values.get(name.encode())
-                row[name] = None if value is None else cell(name, value)
-            rows.append(row)
-        frame = pd.DataFrame(rows, columns=["path", "key", *shown])
-        for name in shown:
-            if INDEX_FIELDS[name] == "NUMERIC" and name not in MULTI_VALUED_FIELDS:
-                frame[name] = frame[name].astype(
-                    "Float64" if has_fractions(frame[name]) else "Int64"
-                )
-        if columns is not None or frame.empty:
-            return frame
-        return frame.dropna(axis="columns", how="all")
+        if limit is not None and (not isinstance(limit, int) or limit < 1):
+            raise ValueError(f"limit is {limit!r}; give a number of files, at least 1.")
+        search = self._query(query, conditions)
+        shown = self._index.names if columns is None else list(columns)
+        fields = {name: self._field(name) for name in shown}
+        order = None if order_by is None else self._field(order_by.removeprefix("-"))
+        descending = order_by is not None and order_by.startswith("-")
+        loaded = [*dict.fromkeys([*fields.values(), *([order] if order else [])])]
+        if limit is None:
+            found = self._hits(search, loaded)
+        else:
+            by = [f"@{order}", "DESC" if descending else "ASC"] if order else []
+            by += ["@__key", "ASC"]
+            first = ["LOAD", "1", "@__key", "SORTBY", str(len(by)), *by, "MAX", str(limit)]
+            load = ["LOAD", str(len(loaded)), *(f"@{name}" for name in loaded)] if loaded else []
+            groups = self._groups(search, *first, *load)
+            found = [(os.fsdecode(group[b"__key"]), group) for group in groups]
+        found.sort(key=lambda hit: hit[0])
+        if order:
+            found = ordered(found, order, self._index.fields[order], descending=descending)
+        return self._frame(found, fields, keep_empty=columns is not None or not found)
 
-    def count_by(self, name: str, query: str = "", **conditions: Any) -> pd.Series[int]:
-        """Count the files by the values of an indexed field, largest count first.
+    def _hits(self, search: Query, loaded: Sequence[str]) -> list[Hit]:
+        """Return key and loaded fields of every match."""
+        reply = self._search(
+            "FT.SEARCH", search, "RETURN", str(len(loaded)), *loaded, "LIMIT", "0", str(SEARCH_PAGE)
+        )
+        results = reply[b"results"]
+        if reply[b"total_results"] <= len(results):
+            return [(os.fsdecode(hit[b"id"]), hit.get(b"extra_attributes", {})) for hit in results]
+        load = ["LOAD", str(len(loaded) + 1), "@__key", *(f"@{name}" for name in loaded)]
+        return [(os.fsdecode(hit[b"__key"]), hit) for hit in self._groups(search, *load)]
+
+    def _frame(
+        self, found: Sequence[Hit], fields: Mapping[str, str], *, keep_empty: bool
+    ) -> pd.DataFrame:
+        """Return a row for every hit, with a column for each of `fields`: shown name, own name."""
+        columns = {
+            "path": text_column([shown_path(path_of(key)) for key, _ in found]),
+            "key": text_column([key for key, _ in found]),
+        }
+        for name, field in fields.items():
+            replies = [values.get(field.encode()) for _, values in found]
+            if keep_empty or any(reply is not None for reply in replies):
+                columns[name] = column(field, self._index.fields[field], replies)
+        return pd.DataFrame(columns, copy=False)
+
+    def count_by(
+        self,
+        name: str,
+        across: str | None = None,
+        *,
+        query: str = "",
+        missing: bool = False,
+        by: str | None = None,
+        **conditions: Any,
+    ) -> Any:
+        """Count the files by the values of one indexed field, or of two.
+
+        A file whose attribute has several values counts once for each of them.
 
         Parameters
         ----------
-        name : str
-            The field; files without it are not counted.
+        name, across : str
+            The field; and a second one for a cross table.
+        missing : bool, optional
+            Whether files without the field are counted, as pandas' missing value.
+        by : {"year", "month"}, optional
+            What to count dates by.
         query, **conditions
             As for :meth:`find`.
 
         Returns
         -------
-        pandas.Series
-            Counts by value.
+        pandas.Series or pandas.DataFrame
+            Counts by value, largest first, with `by` in order of time. For two fields a table with
+            a row for each value of `name` and a column for each of `across`, both sorted.
 
         Raises
         ------
-        ValueError, SearchError, SearchTimeoutError
+        NotIndexedError, ValueError, SearchError, SearchTimeoutError
             As for :meth:`find`.
         """
-        check_field(name)
-        text, parameters = build_query(f"{query} -ismissing(@{name})", conditions)
-        reduce = ["GROUPBY", "1", f"@{name}", "REDUCE", "COUNT", "0", "AS", "count"]
-        counts = {
-            cell(name, group[name.encode()]): int(group[b"count"])
-            for group in self._groups(text, parameters, *reduce)
-        }
-        ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-        return pd.Series(
-            [count for _, count in ordered],
-            index=pd.Index([value for value, _ in ordered], name=name),
-            name="count",
-            dtype="int64",
+        search = self._query(query, conditions)
+        names = [name] if across is None else [name, across]
+        fields = [self._field(each) for each in names]
+        if by is not None and (by not in ("year", "month") or DATE_FIELDS.isdisjoint(fields)):
+            raise ValueError(f"by={by!r}: count {', '.join(DATE_FIELDS)} by 'year' or 'month'.")
+        if not missing:
+            present = " ".join(f"-(ismissing(@{field}))" for field in fields)
+            search = search._replace(text=f"{search.text} {present}".removeprefix("* "))
+        group = ["GROUPBY", str(len(fields)), *(f"@{field}" for field in fields)]
+        counts: Counter[tuple[Any, ...]] = Counter()
+        for row in self._groups(search, *group, "REDUCE", "COUNT", "0", "AS", "__count"):
+            values = [self._values(field, row[field.encode()], by) for field in fields]
+            for combination in itertools.product(*values):
+                counts[combination] += int(row[b"__count"])
+        if across is not None:
+            table = pd.Series(counts, dtype="int64")
+            table.index = pd.MultiIndex.from_tuples(counts, names=names)
+            return table.unstack(fill_value=0).sort_index().sort_index(axis="columns")
+        ranked = sorted(
+            counts.items(),
+            key=lambda item: (item[0][0] is None, 0 if by else -item[1], item[0][0]),
         )
+        values = [value for (value,), _ in ranked]
+        if any(isinstance(value, str) for value in values):
+            texts = text_column([np.nan if value is None else value for value in values])
+            index = pd.Index(texts, name=name, copy=False)
+        else:
+            integers = all(isinstance(value, int) or value is None for value in values)
+            nullable = "Int64" if integers and None in values else None
+            index = pd.Index(values, name=name, dtype=nullable)
+        totals = np.array([total for _, total in ranked], dtype=np.int64)
+        return pd.Series(totals, index=index, name="count", copy=False)
 
-    def _groups(
-        self, text: str, parameters: Sequence[str], *stages: str
-    ) -> list[dict[bytes, bytes]]:
+    def _values(self, field: str, reply: bytes | None, by: str | None) -> set[Any]:
+        if reply is None:
+            return {None}
+        values = values_of(field, self._index.fields[field], reply)
+        return {period_of(value, by) if by and field in DATE_FIELDS else value for value in values}
+
+    def similar(
+        self,
+        image: str | NDArray[Any],
+        k: int = 5,
+        *,
+        columns: Sequence[str] = SIMILAR_COLUMNS,
+        query: str = "",
+        **conditions: Any,
+    ) -> pd.DataFrame:
+        """Find the stored images that look most like one, by their thumbnails, in one search.
+
+        Parameters
+        ----------
+        image : str or numpy.ndarray
+            A stored file, as for :meth:`read`; or a picture of shape (rows, columns) or (rows,
+            columns, 3).
+        k : int, optional
+            How many images; `image` itself is none of them.
+        columns, query, **conditions
+            As for :meth:`find`.
+
+        Returns
+        -------
+        pandas.DataFrame
+            At most `k` rows, nearest first: ``path``, ``key``, ``distance`` (the root mean square
+            difference of the thumbnails in grey levels, 0 to 255) and the columns.
+
+        Raises
+        ------
+        NoDescriptorError
+            If the stored file has no pixels or none that could be decoded.
+        NotStoredError, AmbiguousNameError
+            If the name is not that of one stored file.
+        ValueError
+            If the array is no picture.
+        NotIndexedError, SearchError, SearchTimeoutError
+            As for :meth:`find`.
+        """
+        if not isinstance(k, int) or k < 1:
+            raise ValueError(f"k is {k!r}; give a number of images, at least 1.")
+        own_key = ""
+        if isinstance(image, str):
+            own_key, members = self._lookup(image, (DESCRIPTOR,))
+            if DESCRIPTOR not in members:
+                raise NoDescriptorError(
+                    f"{shown_path(own_key)} cannot be compared: it has no pixels, or none that "
+                    "could be decoded when it was loaded."
+                )
+            wanted = members[DESCRIPTOR]
+        else:
+            wanted = descriptor.of_array(image)
+        search = self._query(query, conditions)
+        fields = {name: self._field(name) for name in columns}
+        vector: list[str | bytes] = [
+            "vector",
+            np.array(wanted, dtype="<f4").tobytes(),
+            "k",
+            str(k + 1),
+        ]
+        given = [*search.parameters[2:], *vector]
+        search = search._replace(
+            text=f"({search.text})=>[KNN $k @{DESCRIPTOR} $vector AS __distance]",
+            parameters=["PARAMS", str(len(given)), *given],
+        )
+        reply = self._search(
+            "FT.SEARCH", search, "SORTBY", "__distance", "LIMIT", "0", str(k + 1),
+            "RETURN", str(len(fields) + 1), "__distance", *fields.values(),
+        )  # fmt: skip
+        found = [(os.fsdecode(hit[b"id"]), hit[b"extra_attributes"]) for hit in reply[b"results"]]
+        found = [hit for hit in found if hit[0] != own_key][:k]
+        frame = self._frame(found, fields, keep_empty=True)
+        distances = [descriptor.distance(float(values[b"__distance"])) for _, values in found]
+        frame.insert(2, "distance", np.array(distances, dtype=np.float64))
+        return frame
+
+    def _query(self, query: str, conditions: Mapping[str, Any]) -> Query:
+        self._ensure_index()
+        for name in conditions:
+            self._field(name)
+        return build_query(query, conditions, self._index, self._other_forms)
+
+    def _other_forms(self, field: str, word: str) -> list[str]:
+        """Return the terms that the engine searches for beside `word`: those of its stem."""
+        plan = self._client.execute_command(
+            "FT.EXPLAIN", INDEX, f"@{field}:($word)", "PARAMS", "2", "word", word, "DIALECT", "2"
+        )
+        return re.findall(r"^ +@\w+:(.+)\(expanded\)$", plan.decode(), flags=re.MULTILINE)
+
+    def _field(self, name: str) -> str:
+        """Return the indexed field that `name` means; another process may just have added it."""
+        try:
+            return self._index.field(name)
+        except NotIndexedError:
+            self._index = IndexInfo.of(self._client.execute_command("FT.INFO", INDEX))
+            return self._index.field(name)
+
+    def _groups(self, search: Query, *stages: str) -> list[dict[bytes, bytes]]:
         """Return all rows of an aggregation. A cursor, since servers may cap an answer without."""
         cursor_options = ["WITHCURSOR", "COUNT", str(SEARCH_PAGE)]
-        reply, cursor = self._search("FT.AGGREGATE", text, parameters, *stages, *cursor_options)
+        reply, cursor = self._search("FT.AGGREGATE", search, *stages, *cursor_options)
         rows = [result[b"extra_attributes"] for result in reply[b"results"]]
         while cursor:
             reply, cursor = self._client.execute_command("FT.CURSOR", "READ", INDEX, cursor)
@@ -935,16 +1138,18 @@ class DicomStore:
             rows += [result[b"extra_attributes"] for result in reply[b"results"]]
         return rows
 
-    def _search(self, command: str, text: str, parameters: Sequence[str], *stages: str) -> Any:
+    def _search(self, command: str, search: Query, *stages: str) -> Any:
         """Send a search and, in the same round trip, ask whether the index can answer it."""
         self._ensure_index()
         with self._client.pipeline(transaction=False) as pipe:
             pipe.execute_command("FT.INFO", INDEX)
             pipe.execute_command(
-                command, INDEX, text, *stages, *parameters,
+                command, INDEX, search.text, *stages, *search.parameters,
                 "TIMEOUT", str(SEARCH_TIMEOUT_MS), "DIALECT", "2",
             )  # fmt: skip
-            info, reply = pipe.execute(raise_on_error=False)
+            if search.expands_words:
+                pipe.execute_command("FT.CONFIG", "GET", "MAXEXPANSIONS")
+            info, reply, *config = pipe.execute(raise_on_error=False)
         if isinstance(info, Exception):
             self._index_known = False
             raise SearchError(f"The index {INDEX} cannot be used: {info}. Search again to make it.")
@@ -958,14 +1163,53 @@ class DicomStore:
                 raise SearchTimeoutError(TIMED_OUT)
             raise SearchError(f"The search engine refused the query: {reply}")
         refuse_partial(reply[0] if isinstance(reply, list) else reply)
+        if config:
+            refuse_unexpanded(search, info, config[0])
         return reply
 
+    # --- the index ---
+
+    def index_also(self, *keywords: str) -> pd.Series[int]:
+        """Add DICOM attributes to the index, over all that is stored, and wait until it is done.
+
+        They are searched for by their keywords, as ``find(KVP=(100, 120))``. Nothing is read
+        again: the documents have them in ``header``, except sequences and bulk data. Numbers are
+        compared as numbers; all else, dates among it, is exact text.
+
+        Parameters
+        ----------
+        *keywords : str
+            From the DICOM dictionary (PS3.6), as ``"KVP"``.
+
+        Returns
+        -------
+        pandas.Series
+            How many stored files have each.
+
+        Raises
+        ------
+        ValueError
+            If a keyword is unknown, a sequence or bulk data; nothing is added then.
+        ServerError
+            If this Redis user may not alter the index.
+        """
+        own = {indexed.keyword for indexed in documents.FIELDS.values()}
+        self._ensure_index()
+        self._add_fields({each: header_field(each) for each in keywords if each not in own})
+        self._wait_for_index()  # another process may have added them just now
+        counts = []
+        for keyword in keywords:
+            search = self._query("", {keyword: ...})
+            groups = self._groups(search, "GROUPBY", "0", "REDUCE", "COUNT", "0", "AS", "n")
+            counts.append(sum(int(group[b"n"]) for group in groups))
+        return pd.Series(counts, index=list(keywords), name="files", dtype="int64")
+
     def _ensure_index(self) -> None:
-        """Make the index unless it is there."""
+        """Make the index unless it is there, and add to one of an older version what it lacks."""
         if self._index_known:
             return
         try:
-            self._client.execute_command("FT.INFO", INDEX)
+            self._index = IndexInfo.of(self._client.execute_command("FT.INFO", INDEX))
         except NoPermissionError as error:
             raise ServerError(
                 f"This Redis user may not use the index {INDEX}: see the two ACL rules in README."
@@ -974,20 +1218,19 @@ class DicomStore:
             if "unknown command" in str(error).lower():
                 raise ServerError(f"This Redis has no search engine. {OWN_REDIS}") from error
             self._create_index()
+        # A user who may search but not alter does without the newer fields.
+        with contextlib.suppress(ServerError):
+            self._add_fields(SCHEMA)
         self._index_known = True
 
     def _create_index(self) -> None:
-        schema: list[str] = []
-        for name, kind in INDEX_FIELDS.items():
-            exact = ["CASESENSITIVE"] if kind == "TAG" else []
-            present = ["INDEXMISSING", *(["INDEXEMPTY"] if kind == "TAG" else [])]
-            sortable = [] if name in UNSORTED_FIELDS else ["SORTABLE"]
-            schema += [f"$.{name}", "AS", name, kind, *exact, *present, *sortable]
+        schema = [word for field in SCHEMA.values() for word in field]
         try:
-            # Not through redis-py's TagField: it sends a SEPARATOR, which splits values at commas.
+            # Without stop words: "with contrast" is no "without contrast".
             self._client.execute_command(
-                "FT.CREATE", INDEX, "ON", "JSON", "PREFIX", "1", DOCUMENT_PREFIX, "SCHEMA", *schema
-            )
+                "FT.CREATE", INDEX, "ON", "JSON", "PREFIX", "1", DOCUMENT_PREFIX,
+                "STOPWORDS", "0", "SCHEMA", *schema,
+            )  # fmt: skip
         except NoPermissionError as error:
             raise ServerError(
                 f"The index {INDEX} is missing and this Redis user may not make it: let the owner "
@@ -1000,10 +1243,27 @@ class DicomStore:
                 raise
         self._wait_for_index()
 
+    def _add_fields(self, schema: Mapping[str, Sequence[str]]) -> None:
+        """Add to the index those fields of `schema` that it lacks, and wait for them."""
+        while missing := sorted(name for name in schema if name not in self._index.fields):
+            added = [word for name in missing for word in schema[name]]
+            try:
+                self._client.execute_command("FT.ALTER", INDEX, "SCHEMA", "ADD", *added)
+            except NoPermissionError as error:
+                raise ServerError(
+                    f"This Redis user may not add {', '.join(missing)} to the index: let the owner "
+                    "do it (README, the two ACL rules)."
+                ) from error
+            except redis.ResponseError as error:
+                if "duplicate" not in str(error).lower():  # another process was first
+                    raise
+            self._wait_for_index()
+
     def _wait_for_index(self) -> None:
         """Wait until the index covers what was stored before it was made or altered."""
-        while int(self._client.execute_command("FT.INFO", INDEX)[b"indexing"]):
+        while int((info := self._client.execute_command("FT.INFO", INDEX))[b"indexing"]):
             time.sleep(0.05)
+        self._index = IndexInfo.of(info)
 
     def drop_index(self) -> None:
         """Drop the index; the documents stay, and the next search makes it again."""
@@ -1019,7 +1279,7 @@ class DicomStore:
             group = keys[first : first + KEYS_PER_COMMAND]
             only = ["INKEYS", str(len(group)), *group]
             reply = self._search(
-                "FT.SEARCH", "*", (), *only, "NOCONTENT", "LIMIT", "0", str(len(group))
+                "FT.SEARCH", Query(), *only, "NOCONTENT", "LIMIT", "0", str(len(group))
             )
             missing -= {os.fsdecode(hit[b"id"]) for hit in reply[b"results"]}
         return missing

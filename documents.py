@@ -30,6 +30,7 @@ from pydicom.tag import BaseTag, Tag
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
 )
 
@@ -136,7 +137,7 @@ def describe(file: BinaryIO) -> dict[str, Any] | None:
         The normalised fields of ``FIELDS`` that the file has; ``header``, its standard attributes
         by keyword; and ``headerPartial`` if some of them are missing there.
     """
-    with _quietly():
+    with quietly():
         start = dataset_start(file)
         if start is None:
             return None
@@ -158,7 +159,7 @@ _one_at_a_time = threading.Lock()
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Keep pydicom from warning and logging: it quotes values, which may be a patient's."""
     # The settings are the whole process's, hence the lock.
     with _one_at_a_time, warnings.catch_warnings(), config.disable_value_validation():
@@ -245,7 +246,7 @@ def _read_elements(
 
     def read() -> Dataset:
         file.seek(start)
-        bounded = cast(BinaryIO, _Bounded(file))
+        bounded = cast(BinaryIO, Bounded(file, READ_LIMIT))
         return read_dataset(
             bounded, implicit_vr, little_endian, stop_when=stop, defer_size=LONGEST_VALUE
         )
@@ -260,14 +261,30 @@ def _read_elements(
         return Dataset(), False
 
 
-class _Bounded:
-    """A file of which so much, in so many steps, can be read."""
+def dataset_syntax(file: BinaryIO) -> str:
+    """Return the transfer syntax, guessed if the file does not name it (PS3.5 Annex A).
 
-    def __init__(self, file: BinaryIO) -> None:
+    The file's position is left at the data set, behind preamble and file meta information.
+    """
+    file.seek(dataset_start(file) or 0)
+    meta, _ = _read_elements(file, False, True, lambda tag: tag >> 16 != 2)
+    named = _Header(True).value(meta, BaseTag(0x00020010))
+    if isinstance(named, str):
+        return named
+    implicit_vr, little_endian = _encoding(file, None)
+    if implicit_vr:
+        return ImplicitVRLittleEndian
+    return ExplicitVRLittleEndian if little_endian else ExplicitVRBigEndian
+
+
+class Bounded:
+    """A file of which so many bytes, in ``READS_LIMIT`` steps, can be read."""
+
+    def __init__(self, file: BinaryIO, limit: int) -> None:
         self._read = file.read
         self.seek = file.seek
         self.tell = file.tell
-        self._bytes_left = READ_LIMIT
+        self._bytes_left = limit
         self._reads_left = READS_LIMIT
 
     def read(self, size: int) -> bytes:

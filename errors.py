@@ -19,6 +19,14 @@ class SearchTimeoutError(SearchError, TimeoutError):
     """The search engine ran out of time, so that its answer would be partial."""
 
 
+class NotIndexedError(DicomRedisError, ValueError):
+    """The index has no such field."""
+
+
+class NoDescriptorError(DicomRedisError, ValueError):
+    """The stored file has no pixels, or none that could be decoded when it was loaded."""
+
+
 class NotStoredError(DicomRedisError, FileNotFoundError):
     """No file of that name is stored."""
 

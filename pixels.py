@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import warnings
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, pixel_array
-from pydicom.uid import ImplicitVRLittleEndian
+from pydicom.uid import UID, ImplicitVRLittleEndian
 
 import documents
 
@@ -59,12 +59,40 @@ def render(dataset: Dataset, frame: int = 0) -> NDArray[np.uint8]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as above
-        array = pixel_array(dataset, index=frame)
-        if dataset.PhotometricInterpretation == "PALETTE COLOR":
-            array = apply_color_lut(array, dataset)
-        if array.ndim == 3:
-            return _colour(array, dataset)
-        return _grey(array, dataset)
+        return _shown(pixel_array(dataset, index=frame), dataset)
+
+
+def render_file(file: BinaryIO, frame: int, syntax: str, *, longest: int) -> NDArray[np.uint8]:
+    """Return one frame of a file as :func:`render` does, reading and decoding no other.
+
+    Parameters
+    ----------
+    file : binary file, seekable
+        Its data set is not deflated.
+    frame : int
+        From 0.
+    syntax : str
+        Its transfer syntax UID.
+    longest : int
+        Of more rows or columns than twice this, only every second, third, ... is used.
+
+    Raises
+    ------
+    AttributeError, ValueError, RuntimeError, ...
+        As for :func:`render`.
+    """
+    dataset = Dataset()
+    array = pixel_array(file, ds_out=dataset, index=frame, transfer_syntax_uid=UID(syntax))
+    step = max(1, max(array.shape[:2]) // longest)
+    return _shown(array[::step, ::step], dataset)
+
+
+def _shown(array: NDArray[Any], dataset: Dataset) -> NDArray[np.uint8]:
+    if dataset.PhotometricInterpretation == "PALETTE COLOR":
+        array = apply_color_lut(array, dataset)
+    if array.ndim == 3:
+        return _colour(array, dataset)
+    return _grey(array, dataset)
 
 
 def _colour(array: NDArray[Any], dataset: Dataset) -> NDArray[np.uint8]:
@@ -80,13 +108,19 @@ def _grey(array: NDArray[Any], dataset: Dataset) -> NDArray[np.uint8]:
         extremes = np.array([np.iinfo(np.int32).min, np.iinfo(np.int32).max], dtype=np.int64)
         shown = apply_voi_lut(values, dataset).astype(np.float64)
         low, high = apply_voi_lut(extremes, dataset).astype(np.float64)
+        grey = np.clip((shown - low) / ((high - low) or 1.0), 0.0, 1.0)
     else:
-        shown = values.astype(np.float64)
-        low, high = np.percentile(shown, GREY_PERCENTILES)
-    grey = np.clip((shown - low) / ((high - low) or 1.0), 0.0, 1.0)
+        grey = stretched(values.astype(np.float64)) / 255
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         grey = 1.0 - grey
     levels: NDArray[np.uint8] = np.rint(grey * 255).astype(np.uint8)
+    return levels
+
+
+def stretched(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return `values` as grey levels, 0.0 to 255.0, between their ``GREY_PERCENTILES``."""
+    low, high = np.percentile(values, GREY_PERCENTILES)
+    levels: NDArray[np.float64] = np.clip((values - low) / ((high - low) or 1.0), 0.0, 1.0) * 255
     return levels
 
 
