@@ -1,3 +1,13 @@
+# make demo           set up, run the notebook from top to bottom, print the scenarios' results
+# make lab            set up, open the notebook in JupyterLab
+# make test           set up, run all tests
+# make check          set up, check format, lint and types
+# make format         put the code into its format
+# make notebook       run the notebook and keep its outputs in it
+# make bench          a slide in and out beside other methods (5 minutes, 13 GB of memory)
+# make bench-partial  what reading a part takes as files grow (5 minutes, 6 GB of memory)
+# make bench-search   searching among up to 200,000 documents, and the scenarios (5 minutes)
+# make clean          remove what the set-up made
 
 PYTHON ?= python3
 BIN := .venv/bin
