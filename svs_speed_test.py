@@ -24,8 +24,8 @@ import psutil
 import slides
 from chunk_stream import ChunkStream, fresh_buffer, run
 from dicom_helpers import DicomStore, connect
-from errors import DicomRedisError
-from layout import BATCH_BYTES, DEFAULT_CHUNK_SIZE
+from errors import DicomRedisError, NotStoredError
+from layout import BATCH_BYTES, DEFAULT_CHUNK_SIZE, document_key
 from redis_server import RedisServerError
 
 PROJECT = Path(__file__).resolve().parent
@@ -147,16 +147,18 @@ def loaded(store: DicomStore, file: Path, *, keep: bool) -> Iterator[tuple[str, 
 
     What was in Redis before stays there.
     """
+    key = document_key(file.name)
+    was_there = store.client.exists(key)
     started = time.perf_counter()
-    report = store.load(file)
-    row = report.iloc[0]
-    if row["status"] == "skipped":
-        raise ValueError(f"{file} was not loaded: {row['reason']}.")
     try:
-        yield row["key"], (time.perf_counter() - started) * 1000
+        row = store.load(file).iloc[0]
+        if row["status"] == "skipped":
+            raise ValueError(f"{file} was not loaded: {row['reason']}.")
+        yield key, (time.perf_counter() - started) * 1000
     finally:
-        if row["status"] == "loaded" and not keep:
-            store.delete(row["key"])
+        if not was_there and not keep:
+            with contextlib.suppress(NotStoredError):
+                store.delete(key)
 
 
 def measure(
