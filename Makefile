@@ -7,6 +7,7 @@
 # make bench          a slide in and out beside other methods (5 minutes, 13 GB of memory)
 # make bench-partial  what reading a part takes as files grow (5 minutes, 6 GB of memory)
 # make bench-search   searching among up to 200,000 documents, and the scenarios (5 minutes)
+# make faults         kill, damage and starve the store at length: benchmarks/faults.md
 # make clean          remove what the set-up made
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ REDIS := .redis/redis-server
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test check format notebook bench bench-partial bench-search clean
+.PHONY: help demo lab test check format notebook bench bench-partial bench-search faults clean
 
 help:
 	@grep -E '^# make' Makefile | sed 's/^# //'
@@ -34,6 +35,9 @@ notebook: $(RUN) $(REDIS)
 
 test: $(DEV) $(REDIS)
 	@$(BIN)/python -m pytest
+
+faults: $(DEV) $(REDIS)
+	@PYTHONPATH=. $(BIN)/python tests/faults.py
 
 check: $(DEV)
 	@$(BIN)/ruff format --check .

@@ -272,7 +272,7 @@ class ChunkProtocol(asyncio.BufferedProtocol):
             self._fail(self.error("Redis gave an answer that is not RESP2"))
 
 
-def supports(client: redis.Redis) -> bool:
+def supports(client: redis.Redis | redis.RedisCluster) -> bool:
     """Whether `ChunkStream` connects as this client does.
 
     It covers what a URL says: TCP, TLS, unix socket, password, ACL user, database 0. A cluster,
@@ -308,8 +308,14 @@ class ChunkStream:
         stream is of no more use.
     """
 
-    def __init__(self, client: redis.Redis, *, connections: int = 8, timeout: float = 30.0) -> None:
-        if not supports(client):
+    def __init__(
+        self,
+        client: redis.Redis | redis.RedisCluster,
+        *,
+        connections: int = 8,
+        timeout: float = 30.0,
+    ) -> None:
+        if not isinstance(client, redis.Redis) or not supports(client):
             raise ValueError("ChunkStream cannot connect in the way of this client.")
         if connections < 1:
             raise ValueError(f"connections must be 1 or more, not {connections}.")

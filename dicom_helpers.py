@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import secrets
@@ -33,7 +35,7 @@ import pydicom
 import redis
 from numpy.typing import NDArray
 from redis.backoff import ExponentialBackoff
-from redis.exceptions import NoPermissionError
+from redis.exceptions import NoPermissionError, RedisClusterException
 from redis.retry import Retry
 from tqdm import tqdm
 
@@ -46,7 +48,6 @@ from errors import (
     AmbiguousNameError,
     AnotherImageError,
     DamagedError,
-    DicomRedisError,
     MissingChunkError,
     NoDescriptorError,
     NotDicomError,
@@ -58,6 +59,7 @@ from errors import (
 )
 from layout import (
     BATCH_BYTES,
+    CHUNK_PREFIX,
     DEFAULT_CHUNK_SIZE,
     DOCUMENT_PREFIX,
     KEYS_PER_COMMAND,
@@ -96,20 +98,36 @@ from queries import not_ as not_
 from queries import words as words
 from redis_server import shared_server
 
+Client = redis.Redis | redis.RedisCluster
+#: redis-py derives what it says of a cluster from nothing else.
+REDIS_ERRORS = (redis.RedisError, RedisClusterException)
+
 LEASE_MS = 5000
+#: Chunks that expire do so this much later than their document. Longer than a lease, so that a load
+#: that stalls before its commit cannot leave a document that outlives its chunks.
+CHUNKS_OUTLIVE_MS = 60_000
+#: The first search engine whose nodes answer for a whole Redis Cluster, that of Redis 8.
+COORDINATED_ENGINE = 80_000
 #: Longer than a search may take, and with few retries: redis-py would by default send a slow
 #: command again and again.
 SOCKET_TIMEOUT_S = 30.0
 #: How often a read or a load starts over when the file is replaced under it.
 ATTEMPTS = 20
 CHANGED = "changed while it was read; load it again"
+LOAD_AGAIN = "Delete the file and load it again."
 UNINDEXED = "stored, but no search finds it: a value does not fit the type of an indexed field"
 SEARCH_PAGE = 10_000
 SIMILAR_COLUMNS = ("imageName", "modality", "bodyPartExamined", "seriesDescription")
+SWEEP_PAGE = 10_000
 OWN_REDIS = (
     "Use Redis 8 or Redis Stack (`docker compose up -d`), or leave REDIS_URL unset for the "
     "embedded server."
 )
+NO_COORDINATOR = (
+    "The search engine of this Redis Cluster answers for one of its nodes alone: to search, use a "
+    "cluster of Redis 8, or Redis Enterprise or Redis Cloud behind their single endpoint."
+)
+CHUNK_KEY = re.compile(rf"{CHUNK_PREFIX}({DOCUMENT_PREFIX}.+):([0-9a-f]{{12}}):(0|[1-9]\d*)", re.S)
 
 
 Hit = tuple[str, Mapping[bytes, bytes]]
@@ -118,7 +136,7 @@ Hit = tuple[str, Mapping[bytes, bytes]]
 # --- connecting ----------------------------------------------------------------------------------
 
 
-def connect(url: str | None = None) -> redis.Redis:
+def connect(url: str | None = None) -> Client:
     """Return a client of the Redis at `url`, else at ``$REDIS_URL``, else of the embedded one.
 
     Parameters
@@ -129,8 +147,9 @@ def connect(url: str | None = None) -> redis.Redis:
 
     Returns
     -------
-    redis.Redis
-        Another client of the same server at every call.
+    redis.Redis or redis.RedisCluster
+        Another client of the same server at every call; for a node of a Redis Cluster one of the
+        whole cluster.
 
     Raises
     ------
@@ -140,15 +159,18 @@ def connect(url: str | None = None) -> redis.Redis:
         If the embedded server is wanted and cannot start.
     """
     url = url or os.environ.get("REDIS_URL") or shared_server().url
+    options: dict[str, Any] = {
+        "socket_timeout": SOCKET_TIMEOUT_S,
+        "socket_connect_timeout": 5,
+        "socket_read_size": DEFAULT_CHUNK_SIZE,
+        "retry": Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=3),
+    }
     try:
-        client = redis.Redis.from_url(
-            url,
-            socket_timeout=SOCKET_TIMEOUT_S,
-            socket_connect_timeout=5,
-            socket_read_size=DEFAULT_CHUNK_SIZE,
-            retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=3),
-        )
+        client = redis.Redis.from_url(url, **options)
         client.ping()
+        if _is_cluster_node(client):
+            client.close()
+            return redis.RedisCluster.from_url(url, **options)
     except (TypeError, ValueError):
         # Not `from error`: it may quote a piece of the password.
         raise ServerError(
@@ -159,13 +181,27 @@ def connect(url: str | None = None) -> redis.Redis:
         raise ServerError(
             "Redis refuses the login: user or password is wrong or missing. Check REDIS_URL."
         ) from error
-    except (redis.RedisError, OSError) as error:
+    except (*REDIS_ERRORS, OSError) as error:
         raise ServerError(f"Redis cannot be used: {error}. Check REDIS_URL.") from error
     return client
 
 
-def _binary_client(client: redis.Redis) -> redis.Redis:
+def _is_cluster_node(client: redis.Redis) -> bool:
+    hello = client.execute_command("HELLO")
+    members = hello if isinstance(hello, dict) else dict(zip(hello[::2], hello[1::2], strict=True))
+    return (members.get(b"mode") or members.get("mode")) in (b"cluster", "cluster")
+
+
+def _binary_client(client: Client) -> Client:
     """Return `client`, or a copy that hands out bytes and speaks RESP3, as this module needs."""
+    if isinstance(client, redis.RedisCluster):
+        settings = client.get_connection_kwargs()
+        if settings.get("decode_responses") or str(settings.get("protocol") or 3) != "3":
+            raise ServerError(
+                "This cluster client decodes responses or does not speak RESP3: make it with "
+                "connect()."
+            )
+        return client
     pool = client.connection_pool
     settings = dict(pool.connection_kwargs)
     if settings.get("db"):
@@ -179,6 +215,24 @@ def _binary_client(client: redis.Redis) -> redis.Redis:
     return redis.Redis(
         connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **settings)
     )
+
+
+@contextlib.contextmanager
+def _server_errors() -> Iterator[None]:
+    """Turn errors of redis-py into a sentence without the command's arguments."""
+    try:
+        yield
+    except REDIS_ERRORS as error:
+        raise ServerError(
+            f"Redis did not do its part: {_server_words(error)}. Nothing is stored by halves; "
+            "try again when the server can be used."
+        ) from None
+
+
+def _engines(client: redis.Redis) -> dict[str, int]:
+    """Return the versions of the server's engines by name, 21005 for 2.10.5."""
+    modules = client.execute_command("HELLO")[b"modules"]
+    return {module[b"name"].decode(): module[b"ver"] for module in modules}
 
 
 def _server_words(error: BaseException) -> str:
@@ -202,6 +256,19 @@ class DicomStore:
         Whether long work shows a progress bar.
     descriptors : bool, optional
         Whether loading decodes a frame of every image for :meth:`similar`.
+    ttl : float, optional
+        Makes the store a cache: what is loaded expires after so many seconds, the chunks a little
+        after their document. Loaded again without `ttl`, a file stays for good.
+    renew : bool, optional
+        Whether reading a file that has less than half of `ttl` left gives it the whole again.
+    source : path, optional
+        The folder that the files are loaded from: a file that Redis has evicted, or of which it
+        has evicted chunks, is loaded again from there when it is read.
+
+    Attributes
+    ----------
+    hits, misses : int
+        How many reads found the whole file in Redis, and how many had to load it from `source`.
 
     Raises
     ------
@@ -211,33 +278,84 @@ class DicomStore:
 
     def __init__(
         self,
-        client: redis.Redis,
+        client: Client,
         *,
         chunk_size: int = DEFAULT_CHUNK_SIZE,
         progress: bool = True,
         descriptors: bool = True,
+        ttl: float | None = None,
+        renew: bool = False,
+        source: str | os.PathLike[str] | None = None,
     ) -> None:
         if not 1 <= chunk_size <= BATCH_BYTES:
             raise ValueError(f"chunk_size is {chunk_size}; it can be 1 to {BATCH_BYTES} bytes.")
+        if ttl is not None and not 0.001 <= ttl < math.inf:
+            raise ValueError(f"ttl is {ttl}; give seconds, or None for files that stay.")
+        if renew and ttl is None:
+            raise ValueError("renew=True needs a ttl: files without one do not expire.")
         self.chunk_size = chunk_size
         self.progress = progress
         self.descriptors = descriptors
+        self.ttl = ttl
+        self.renew = renew
+        self.source = None if source is None else Path(source).resolve()
+        self.hits = self.misses = 0
         self._client = _binary_client(client)
         self._index_known = False
         self._index = IndexInfo({}, frozenset())
 
     def __repr__(self) -> str:
-        return f"DicomStore(chunk_size={self.chunk_size})"
+        return f"DicomStore(chunk_size={self.chunk_size}, ttl={self.ttl}, source={self.source})"
+
+    # --- one server or a cluster ---
+
+    def _node(self, key: str) -> redis.Redis:
+        """Return a client of the server that holds `key`, for transactions."""
+        # Not redis-py's cluster transactions: after a lost connection they send EXEC again without
+        # WATCH.
+        if isinstance(self._client, redis.RedisCluster):
+            return self._client.get_redis_connection(self._client.get_node_from_key(key))
+        return self._client
 
     @property
-    def client(self) -> redis.Redis:
+    def _searched(self) -> redis.Redis:
+        """The server that searches: of a cluster one node, which asks the others."""
+        if isinstance(self._client, redis.RedisCluster):
+            return self._client.get_redis_connection(self._client.get_default_node())
+        return self._client
+
+    @functools.cached_property
+    def _searchable(self) -> bool:
+        """Whether searches are answered for all documents."""
+        return (
+            not isinstance(self._client, redis.RedisCluster)
+            or _engines(self._searched).get("search", 0) >= COORDINATED_ENGINE
+        )
+
+    def _with_keys(self, command: str, keys: Sequence[str]) -> list[Any]:
+        """Send a command that takes many keys; return its replies, from one pipeline."""
+        with self._client.pipeline(transaction=False) as pipe:
+            self._queue(pipe, command, keys)
+            return pipe.execute()
+
+    def _queue(self, pipe: Any, command: str, keys: Sequence[str]) -> None:
+        """Put a command that takes many keys into a pipeline.
+
+        In a cluster the keys lie on all nodes: one key a command, all nodes at the same time.
+        """
+        step = 1 if isinstance(self._client, redis.RedisCluster) else KEYS_PER_COMMAND
+        for first in range(0, len(keys), step):
+            pipe.execute_command(command, *keys[first : first + step])
+
+    @property
+    def client(self) -> Client:
         """The client that the store uses."""
         return self._client
 
+    @_server_errors()
     def server(self) -> pd.Series[str]:
         """Return which server answers: its version, those of its engines, and whose it is."""
-        hello = self._client.execute_command("HELLO")
-        engines = {module[b"name"].decode(): module[b"ver"] for module in hello[b"modules"]}
+        engines = _engines(self._searched)
 
         def version(name: str) -> str:
             number = engines.get(name, 0)
@@ -245,7 +363,7 @@ class DicomStore:
 
         return pd.Series(
             {
-                "Redis": hello[b"version"].decode(),
+                "Redis": self._searched.execute_command("HELLO")[b"version"].decode(),
                 "search engine": version("search"),
                 "JSON engine": version("ReJSON"),
                 "whose": "yours (REDIS_URL)" if os.environ.get("REDIS_URL") else "embedded",
@@ -254,6 +372,7 @@ class DicomStore:
 
     # --- writing ---
 
+    @_server_errors()
     def load(
         self, source: str | os.PathLike[str], *, under: str = "", replace: bool = False
     ) -> pd.DataFrame:
@@ -288,7 +407,8 @@ class DicomStore:
         if not source.exists():
             raise FileNotFoundError(f"There is no file or folder {source}.")
         prefix = f"{checked_path(under.strip('/'))}/" if under else ""
-        self._ensure_index()
+        if self._searchable:
+            self._ensure_index()
         found = [(source.name, source, "")] if source.is_file() else list(_walk(source))
         rows = []
         for relative, file, problem in self._bar(found, "Loading", "file"):
@@ -314,6 +434,7 @@ class DicomStore:
                 row["reason"] = UNINDEXED
         return pd.DataFrame(rows, columns=["path", "key", "size", "chunks", "status", "reason"])
 
+    @_server_errors()
     def put(
         self,
         path: str,
@@ -360,7 +481,8 @@ class DicomStore:
             buffer.seek(0)
         else:
             buffer = io.BytesIO(image)
-        self._ensure_index()
+        if self._searchable:
+            self._ensure_index()
         key = str(self._store(path, buffer, buffer.getbuffer().nbytes, replace=replace)["key"])
         if self._unindexed([key]):
             raise SearchError(f"{key} is {UNINDEXED}.")
@@ -396,6 +518,8 @@ class DicomStore:
             try:
                 with _Lease(self._client, layout.lease):
                     sha256, crc = self._send(layout, file)
+                    if self.ttl is not None:
+                        self._expire(layout)
                     if _modified(file) != modified:
                         raise OSError(errno.EIO, CHANGED)
                     document = {
@@ -412,9 +536,9 @@ class DicomStore:
                     status = self._commit(layout, document, replace)
             except BaseException as error:
                 # What cannot be taken back now, `sweep` finds once the lease has run out.
-                with contextlib.suppress(redis.RedisError):
+                with contextlib.suppress(*REDIS_ERRORS):
                     self._abandon(layout)
-                if isinstance(error, redis.RedisError):
+                if isinstance(error, REDIS_ERRORS):
                     raise ServerError(
                         f"{key} could not be stored: {_server_words(error)}"
                     ) from None
@@ -441,7 +565,7 @@ class DicomStore:
         self, key: str, names: Sequence[str], client: redis.Redis | None = None
     ) -> dict[str, Any] | None:
         try:
-            reply = (client or self._client).execute_command(
+            reply = (client or self._node(key)).execute_command(
                 "JSON.GET", os.fsencode(key), *(f"$.{name}" for name in names)
             )
         except redis.ResponseError as error:
@@ -458,17 +582,18 @@ class DicomStore:
         return {name: values[0] for name in names if (values := found[f"$.{name}"])}
 
     def _holds(self, current: _Current, size: int, sha256: str) -> bool:
-        """Whether `current` is this very content, cut alike, with every chunk there."""
+        """Whether `current` is this very content, cut alike, with every chunk there.
+
+        If so, it is made to last as long as what this store loads.
+        """
         document = current.document
         if document is None or document.sha256 != sha256 or document.layout.size != size:
             return False
         if document.layout.chunk_size != self.chunk_size:
             return False
         layout = document.layout
-        with self._client.pipeline(transaction=False) as pipe:
-            for keys in layout.key_groups():
-                pipe.exists(*keys)
-            return bool(sum(pipe.execute()) == layout.count)
+        there = sum(self._with_keys("EXISTS", layout.chunk_keys()))
+        return bool(there == layout.count) and self._prolong(document)
 
     def _send(self, layout: Layout, file: BinaryIO) -> tuple[str, list[int]]:
         """Send the chunks; return SHA-256 and the chunks' CRC-32 of the very bytes sent."""
@@ -501,7 +626,7 @@ class DicomStore:
     def _commit(self, layout: Layout, members: Mapping[str, Any], replace: bool) -> str | None:
         """Let the document name the chunks sent; return the status, or None if the lease lapsed."""
         text = json.dumps(members, ensure_ascii=False, allow_nan=False)
-        with self._client.pipeline() as pipe:
+        with self._node(layout.key).pipeline() as pipe:
             while True:
                 pipe.watch(layout.key, layout.lease)
                 if not pipe.exists(layout.lease):
@@ -516,6 +641,11 @@ class DicomStore:
                     _refuse_another_image(layout.key, current, members, replace)
                 pipe.multi()
                 pipe.execute_command("JSON.SET", layout.key, "$", text)
+                # JSON.SET keeps the time to live that the key has.
+                if self.ttl is None:
+                    pipe.persist(layout.key)
+                else:
+                    pipe.pexpire(layout.key, round(self.ttl * 1000))
                 pipe.delete(layout.lease)
                 try:
                     pipe.execute()
@@ -540,12 +670,51 @@ class DicomStore:
         return False
 
     def _unlink(self, layout: Layout) -> None:
+        self._with_keys("UNLINK", [*layout.chunk_keys(), layout.lease])
+
+    def _expire(self, layout: Layout, *, longer: bool = False) -> None:
+        """Give the chunks the time to live of this store's files and a little more, or for ever.
+
+        With `longer`, none gets less time than it has.
+        """
         with self._client.pipeline(transaction=False) as pipe:
-            for keys in layout.key_groups():
-                pipe.unlink(*keys)
-            pipe.unlink(layout.lease)
+            for key in layout.chunk_keys():
+                if self.ttl is None:
+                    pipe.persist(key)
+                else:
+                    pipe.pexpire(key, round(self.ttl * 1000) + CHUNKS_OUTLIVE_MS, gt=longer)
             pipe.execute()
 
+    def _prolong(self, document: Document, *, below: float = math.inf) -> bool:
+        """Let a version live as long as this store's files do, if it has less than `below` seconds.
+
+        Never less long than it would; its chunks first, so that at no moment the document outlives
+        them. Return whether it is still the stored version.
+        """
+        key, version = document.key, document.layout.version
+        node = self._node(key)
+        left = node.pttl(key)
+        if left == -1 or left >= below * 1000:  # -1: it does not expire, nor do its chunks
+            return True
+        self._expire(document.layout, longer=True)
+        with node.pipeline() as pipe:
+            while True:
+                pipe.watch(key)
+                members = self._members(key, ("version",), pipe)
+                if members is None or members.get("version") != version:
+                    return False
+                pipe.multi()
+                if self.ttl is None:
+                    pipe.persist(key)
+                else:
+                    pipe.pexpire(key, round(self.ttl * 1000), gt=True)
+                try:
+                    pipe.execute()
+                except redis.WatchError:
+                    continue
+                return True
+
+    @_server_errors()
     def delete(self, name: str) -> None:
         """Delete a stored file: its document first, so that no reader meets half of it.
 
@@ -560,7 +729,7 @@ class DicomStore:
             If the name is not that of one stored file.
         """
         key, _ = self._lookup(name, ("version",))
-        with self._client.pipeline() as pipe:
+        with self._node(key).pipeline() as pipe:
             while True:
                 pipe.watch(key)
                 current = self._current(key, pipe)
@@ -574,8 +743,79 @@ class DicomStore:
         if current is not None and current.document is not None:
             self._unlink(current.document.layout)
 
+    @_server_errors()
+    def sweep(self) -> pd.DataFrame:
+        """Remove the chunks that no document names: what loaders leave behind when they are killed.
+
+        Safe while others load and read. Where a lease says that a load may be under way, the sweep
+        waits for as long as a lease lasts (5 s) and removes what is not renewed.
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row for every version removed: ``path``, ``version``, ``chunks`` and ``size``, the
+            bytes that they held.
+        """
+        chunks = self._client.scan_iter(
+            f"{CHUNK_PREFIX}{DOCUMENT_PREFIX}*", count=10_000, _type="string"
+        )
+        rows, leased = [], []
+        while page := [os.fsdecode(key) for key in itertools.islice(chunks, SWEEP_PAGE)]:
+            unnamed, in_use = self._unnamed(page)
+            rows += self._remove(unnamed)
+            leased += in_use
+        if leased:
+            time.sleep(LEASE_MS / 1000)
+            rows += self._remove(self._unnamed(leased)[0])
+        report = pd.DataFrame(rows, columns=["path", "version", "chunks", "size"])
+        return report.groupby(["path", "version"], as_index=False).sum()
+
+    def _unnamed(self, keys: Iterable[str]) -> tuple[list[str], list[str]]:
+        """Return those of the chunks that no document names, and those whose version has a lease.
+
+        The lease is looked for before the document: a load that has neither will never commit.
+        """
+        versions: dict[Layout, list[str]] = {}
+        for key in keys:
+            match = CHUNK_KEY.fullmatch(key)
+            if match and document_key(path_of(match[1])) == match[1]:
+                versions.setdefault(Layout(match[1], match[2], 0, 1, ()), []).append(key)
+        with self._client.pipeline(transaction=False) as pipe:
+            for layout in versions:
+                pipe.exists(layout.lease)
+            leased = dict(zip(versions, pipe.execute(), strict=True))
+            for layout in versions:
+                pipe.execute_command("JSON.GET", layout.key, "$.version", "$.chunks[0]")
+            documents = pipe.execute(raise_on_error=False)
+        unnamed = []
+        for (layout, chunks), document in zip(versions.items(), documents, strict=True):
+            if isinstance(document, Exception) and "wrong" not in str(document).lower():
+                raise document
+            # Of a damaged document one of the two is enough: the chunks may be all that is left.
+            found = json.loads(document) if isinstance(document, bytes) else {}
+            named = itertools.chain.from_iterable(found.values())
+            if not leased[layout] and not {layout.version, layout.chunk_key(0)} & {
+                *map(str, named)
+            }:
+                unnamed += chunks
+        return unnamed, [key for layout in versions if leased[layout] for key in versions[layout]]
+
+    def _remove(self, chunks: Sequence[str]) -> list[tuple[str, str, int, int]]:
+        """Unlink `chunks`; return path, version, number and bytes of what was there."""
+        with self._client.pipeline(transaction=False) as pipe:
+            for key in chunks:
+                pipe.strlen(key)
+                pipe.unlink(key)
+            replies = pipe.execute()
+        rows = []
+        for key, size, was_there in zip(chunks, replies[::2], replies[1::2], strict=True):
+            document, version, _ = key.removeprefix(CHUNK_PREFIX).rsplit(":", 2)
+            rows.append((shown_path(path_of(document)), version, was_there, size * was_there))
+        return rows
+
     # --- reading ---
 
+    @_server_errors()
     def read(self, name: str, *, into: Any = None) -> Any:
         """Return the bytes of a stored file, each chunk checked by its length and CRC-32.
 
@@ -619,8 +859,9 @@ class DicomStore:
                         position += len(chunk)
             return bytes(view) if into is None else view
 
-        return self._consistently(name, whole)
+        return self._consistently(name, whole, refill=True)
 
+    @_server_errors()
     def open(self, name: str, *, cache_bytes: int = CACHE_BYTES) -> ChunkReader:
         """Open a stored file for reading; only the chunks that are touched are fetched.
 
@@ -648,6 +889,7 @@ class DicomStore:
         reader.round_trips = 1 if name in (key, path_of(key)) else 3
         return reader
 
+    @_server_errors()
     def header(self, name: str) -> pydicom.Dataset:
         """Return the data set of a stored DICOM file up to its pixels, from its first chunks.
 
@@ -667,14 +909,17 @@ class DicomStore:
             source.seek(0)
             return pydicom.dcmread(source, stop_before_pixels=True, force=True)
 
+    @_server_errors()
     def layout(self, name: str) -> Layout:
         """Return how a stored file is cut into chunks; `name` as for :meth:`read`."""
         return parse_layout(*self._lookup(name, LAYOUT_MEMBERS))
 
+    @_server_errors()
     def sha256(self, name: str) -> str:
         """Return the SHA-256 that was stored with a file; `name` as for :meth:`read`."""
         return str(self._lookup(name, ("sha256",))[1].get("sha256"))
 
+    @_server_errors()
     def restore(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> pd.DataFrame:
         """Write every stored file below `folder`, after checking it against its SHA-256.
 
@@ -714,6 +959,7 @@ class DicomStore:
 
         return self._each("Restoring", write)
 
+    @_server_errors()
     def verify(self) -> pd.DataFrame:
         """Check every stored file: its chunks' lengths and CRC-32, and its SHA-256.
 
@@ -721,14 +967,31 @@ class DicomStore:
         -------
         pandas.DataFrame
             One row for every document: ``path``, ``key``, ``size`` (bytes), ``status`` (ok or
-            damaged) and ``reason``, which names the first damaged chunk.
+            damaged) and ``reason``, which names every chunk that is gone or damaged.
         """
 
         def check(document: Document) -> str:
-            self._copy(document, len)
+            try:
+                self._copy(document, len)
+            except (MissingChunkError, DamagedError) as error:
+                if faults := self._faults(document):
+                    raise type(error)(f"{', '.join(faults)}. {LOAD_AGAIN}") from None
+                raise
             return "ok"
 
         return self._each("Verifying", check)
+
+    def _faults(self, document: Document) -> list[str]:
+        """Return what is wrong with each chunk that is not as it was stored."""
+        layout, faults = document.layout, []
+        for batch in layout.batches():
+            for number, chunk in zip(batch, self._fetch(layout, batch), strict=True):
+                try:
+                    _check_chunks(layout, [number], [chunk], [document.crc[number]])
+                except (MissingChunkError, DamagedError):
+                    what = "gone" if chunk is None else "damaged"
+                    faults.append(f"the chunk {layout.chunk_key(number)} is {what}")
+        return faults
 
     def _each(self, label: str, action: Callable[[Document], str]) -> pd.DataFrame:
         """Return a row for every document: what `action` says of it, or why it could not."""
@@ -760,7 +1023,9 @@ class DicomStore:
         found = self._client.scan_iter(f"{DOCUMENT_PREFIX}*", count=10_000, _type="ReJSON-RL")
         return sorted({os.fsdecode(key) for key in found})
 
-    def _lookup(self, name: str, members: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    def _lookup(
+        self, name: str, members: Sequence[str], *, refill: bool = False
+    ) -> tuple[str, dict[str, Any]]:
         """Return key and members of the document that `name` means."""
         keys = [document_key(name)]
         if name.startswith(DOCUMENT_PREFIX):
@@ -769,6 +1034,20 @@ class DicomStore:
             found = self._members(key, members)
             if found is not None:
                 return key, found
+        if refill and self.source is not None:
+            # Before the look-up by imageName: that would give another image of the same name.
+            for key in keys:
+                if self._refill(key):
+                    continue
+                found = self._members(key, members)
+                if found is None:
+                    raise MissingChunkError(f"{key} is evicted again as soon as it is loaded.")
+                return key, found
+        if not self._searchable:
+            raise NotStoredError(
+                f"No file {shown_path(name)!r} is stored under this key or path, and by imageName "
+                f"none can be found here. {NO_COORDINATOR}"
+            )
         images = self.find(imageName=shown_path(name), columns=())
         if len(images) > 1:
             paths = ", ".join(images["path"][:3])
@@ -782,35 +1061,77 @@ class DicomStore:
             raise NotStoredError(f"No file {shown_path(name)!r} is stored: no key, path or name.")
         return images["key"].iloc[0], found
 
-    def _consistently(self, name: str, action: Callable[[Document], Any]) -> Any:
-        """Return what `action` makes of one version of the file; start over if it is replaced."""
+    def _consistently(
+        self, name: str, action: Callable[[Document], Any], *, refill: bool = False
+    ) -> Any:
+        """Return what `action` makes of one version of the file; start over if it is replaced.
+
+        With `refill`, as for reading, what Redis has evicted is loaded from the source.
+        """
+        misses = self.misses
         for _ in range(ATTEMPTS):
-            document = parse_document(*self._lookup(name, STORAGE_MEMBERS))
+            key, members = self._lookup(name, STORAGE_MEMBERS, refill=refill)
+            document = parse_document(key, members)
             try:
-                return action(document)
-            except MissingChunkError:
-                now = self._members(document.key, ("version",))
+                result = action(document)
+            except MissingChunkError as error:
+                now = self._members(key, ("version",))
                 if now is not None and now.get("version") == document.layout.version:
-                    raise
-        raise DicomRedisError(f"{document.key} is replaced faster than it can be read.")
+                    if not refill or self.source is None:
+                        raise
+                    if problem := self._refill(key):
+                        raise MissingChunkError(
+                            f"{error} The source cannot help: {problem}"
+                        ) from None
+                continue
+            if refill:
+                self.hits += misses == self.misses
+                if self.renew and self.ttl is not None:
+                    self._prolong(document, below=self.ttl / 2)
+            return result
+        raise MissingChunkError(
+            f"{shown_path(name)} is replaced or evicted faster than it can be read."
+        )
+
+    def _refill(self, key: str) -> str:
+        """Load the file of `key` from the source again; return why it cannot be, if so."""
+        assert self.source is not None
+        try:
+            file = _target(self.source, key)
+            if not file.resolve().is_relative_to(self.source) or not file.is_file():
+                return "no such file below it"
+            self.misses += 1
+            with open(file, "rb", buffering=0) as handle:
+                self._store(path_of(key), handle, file.stat().st_size, replace=False)
+        except ServerError:
+            raise
+        except (OSError, NotDicomError, DamagedError, AnotherImageError) as error:
+            return getattr(error, "strerror", None) or str(error)
+        return ""
+
+    def _fetch(self, layout: Layout, batch: range) -> list[Any]:
+        """Return the chunks of these numbers, None for those that are gone."""
+        keys = layout.chunk_keys(batch)
+        return [chunk for reply in self._with_keys("MGET", keys) for chunk in reply]
 
     def _batches(self, document: Document) -> Iterator[list[bytes]]:
         """Yield the chunks in order, a batch at a time, each of its length and CRC-32."""
         layout = document.layout
         for batch in layout.batches():
-            chunks: list[Any] = self._client.mget(layout.chunk_keys(batch))
+            chunks = self._fetch(layout, batch)
             _check_chunks(layout, batch, chunks, [document.crc[number] for number in batch])
             yield chunks
 
+    @_server_errors()
     def _some_chunks(self, layout: Layout, numbers: Sequence[int]) -> list[bytes]:
         """Return some chunks of one version, checked, in one round trip."""
         runs = [f"$.crc[{first}:{last + 1}]" for first, last in _runs(numbers)]
         with self._client.pipeline(transaction=False) as pipe:
             # In this order: a document that is still the same had all its chunks just before.
-            pipe.mget([layout.chunk_key(number) for number in numbers])
+            self._queue(pipe, "MGET", layout.chunk_keys(numbers))
             pipe.execute_command("JSON.GET", layout.key, "$.version", *runs)
             try:
-                chunks, reply = pipe.execute()
+                *groups, reply = pipe.execute()
             except redis.ResponseError as error:
                 raise DamagedError(
                     f"{layout.key} cannot be read: {_server_words(error)}. Load the file again."
@@ -823,8 +1144,9 @@ class DicomStore:
         crcs = [crc for run_of in runs for crc in found[run_of]]
         if len(crcs) != len(numbers):
             raise DamagedError(f"The document {layout.key} is damaged: CRCs are missing.")
+        chunks = [chunk for group in groups for chunk in group]
         _check_chunks(layout, numbers, chunks, crcs)
-        return list(chunks)
+        return chunks
 
     def _copy(self, document: Document, write: Callable[[Any], object]) -> None:
         """Pass all bytes on in order, checked; raise in the end if the SHA-256 is another."""
@@ -844,7 +1166,7 @@ class DicomStore:
         if sha256.hexdigest() != document.sha256:
             raise DamagedError(
                 f"{document.key} is damaged: its bytes do not have the SHA-256 that was stored. "
-                "Delete the file and load it again."
+                f"{LOAD_AGAIN}"
             )
 
     def _is_streamed(self, layout: Layout) -> bool:
@@ -860,6 +1182,7 @@ class DicomStore:
 
     # --- searching ---
 
+    @_server_errors()
     def find(
         self,
         query: str = "",
@@ -956,6 +1279,7 @@ class DicomStore:
                 columns[name] = column(field, self._index.fields[field], replies)
         return pd.DataFrame(columns, copy=False)
 
+    @_server_errors()
     def count_by(
         self,
         name: str,
@@ -1031,6 +1355,7 @@ class DicomStore:
         values = values_of(field, self._index.fields[field], reply)
         return {period_of(value, by) if by and field in DATE_FIELDS else value for value in values}
 
+    @_server_errors()
     def similar(
         self,
         image: str | NDArray[Any],
@@ -1114,7 +1439,7 @@ class DicomStore:
 
     def _other_forms(self, field: str, word: str) -> list[str]:
         """Return the terms that the engine searches for beside `word`: those of its stem."""
-        plan = self._client.execute_command(
+        plan = self._searched.execute_command(
             "FT.EXPLAIN", INDEX, f"@{field}:($word)", "PARAMS", "2", "word", word, "DIALECT", "2"
         )
         return re.findall(r"^ +@\w+:(.+)\(expanded\)$", plan.decode(), flags=re.MULTILINE)
@@ -1124,7 +1449,7 @@ class DicomStore:
         try:
             return self._index.field(name)
         except NotIndexedError:
-            self._index = IndexInfo.of(self._client.execute_command("FT.INFO", INDEX))
+            self._index = IndexInfo.of(self._searched.execute_command("FT.INFO", INDEX))
             return self._index.field(name)
 
     def _groups(self, search: Query, *stages: str) -> list[dict[bytes, bytes]]:
@@ -1133,7 +1458,7 @@ class DicomStore:
         reply, cursor = self._search("FT.AGGREGATE", search, *stages, *cursor_options)
         rows = [result[b"extra_attributes"] for result in reply[b"results"]]
         while cursor:
-            reply, cursor = self._client.execute_command("FT.CURSOR", "READ", INDEX, cursor)
+            reply, cursor = self._searched.execute_command("FT.CURSOR", "READ", INDEX, cursor)
             refuse_partial(reply)
             rows += [result[b"extra_attributes"] for result in reply[b"results"]]
         return rows
@@ -1141,7 +1466,7 @@ class DicomStore:
     def _search(self, command: str, search: Query, *stages: str) -> Any:
         """Send a search and, in the same round trip, ask whether the index can answer it."""
         self._ensure_index()
-        with self._client.pipeline(transaction=False) as pipe:
+        with self._searched.pipeline(transaction=False) as pipe:
             pipe.execute_command("FT.INFO", INDEX)
             pipe.execute_command(
                 command, INDEX, search.text, *stages, *search.parameters,
@@ -1169,6 +1494,7 @@ class DicomStore:
 
     # --- the index ---
 
+    @_server_errors()
     def index_also(self, *keywords: str) -> pd.Series[int]:
         """Add DICOM attributes to the index, over all that is stored, and wait until it is done.
 
@@ -1208,8 +1534,10 @@ class DicomStore:
         """Make the index unless it is there, and add to one of an older version what it lacks."""
         if self._index_known:
             return
+        if not self._searchable:
+            raise SearchError(NO_COORDINATOR)
         try:
-            self._index = IndexInfo.of(self._client.execute_command("FT.INFO", INDEX))
+            self._index = IndexInfo.of(self._searched.execute_command("FT.INFO", INDEX))
         except NoPermissionError as error:
             raise ServerError(
                 f"This Redis user may not use the index {INDEX}: see the two ACL rules in README."
@@ -1227,7 +1555,7 @@ class DicomStore:
         schema = [word for field in SCHEMA.values() for word in field]
         try:
             # Without stop words: "with contrast" is no "without contrast".
-            self._client.execute_command(
+            self._searched.execute_command(
                 "FT.CREATE", INDEX, "ON", "JSON", "PREFIX", "1", DOCUMENT_PREFIX,
                 "STOPWORDS", "0", "SCHEMA", *schema,
             )  # fmt: skip
@@ -1248,7 +1576,7 @@ class DicomStore:
         while missing := sorted(name for name in schema if name not in self._index.fields):
             added = [word for name in missing for word in schema[name]]
             try:
-                self._client.execute_command("FT.ALTER", INDEX, "SCHEMA", "ADD", *added)
+                self._searched.execute_command("FT.ALTER", INDEX, "SCHEMA", "ADD", *added)
             except NoPermissionError as error:
                 raise ServerError(
                     f"This Redis user may not add {', '.join(missing)} to the index: let the owner "
@@ -1261,18 +1589,21 @@ class DicomStore:
 
     def _wait_for_index(self) -> None:
         """Wait until the index covers what was stored before it was made or altered."""
-        while int((info := self._client.execute_command("FT.INFO", INDEX))[b"indexing"]):
+        while int((info := self._searched.execute_command("FT.INFO", INDEX))[b"indexing"]):
             time.sleep(0.05)
         self._index = IndexInfo.of(info)
 
+    @_server_errors()
     def drop_index(self) -> None:
         """Drop the index; the documents stay, and the next search makes it again."""
         with contextlib.suppress(redis.ResponseError):
-            self._client.execute_command("FT.DROPINDEX", INDEX)
+            self._searched.execute_command("FT.DROPINDEX", INDEX)
         self._index_known = False
 
     def _unindexed(self, keys: Sequence[str]) -> set[str]:
         """Return those of the documents at `keys` that no search finds."""
+        if not self._searchable:
+            return set()
         self._wait_for_index()
         missing = set(keys)
         for first in range(0, len(keys), KEYS_PER_COMMAND):
@@ -1282,7 +1613,8 @@ class DicomStore:
                 "FT.SEARCH", Query(), *only, "NOCONTENT", "LIMIT", "0", str(len(group))
             )
             missing -= {os.fsdecode(hit[b"id"]) for hit in reply[b"results"]}
-        return missing
+        # Not those that were deleted, or have expired or been evicted since.
+        return {key for key in missing if self._client.exists(key)}
 
     def _bar(self, items: Sequence[Any], label: str, unit: str) -> Iterable[Any]:
         return tqdm(items, desc=label, unit=unit, disable=not self.progress, file=sys.stdout)
@@ -1305,8 +1637,7 @@ def _check_chunks(
         if chunk is None or len(chunk) != layout.length(number) or crc32(chunk) != crc:
             raise DamagedError(
                 f"The chunk {layout.chunk_key(number)} is damaged: {len(chunk or b'')} bytes where "
-                f"{layout.length(number)} were stored, or other ones. Delete the file and load it "
-                "again."
+                f"{layout.length(number)} were stored, or other ones. {LOAD_AGAIN}"
             )
 
 
@@ -1334,7 +1665,7 @@ class _Lease:
     It runs out ``LEASE_MS`` after its holder is gone; a load that finds it gone starts again.
     """
 
-    def __init__(self, client: redis.Redis, key: str) -> None:
+    def __init__(self, client: Client, key: str) -> None:
         self._client = client
         self._key = key
         self._done = threading.Event()
@@ -1356,7 +1687,7 @@ class _Lease:
     def _renew(self) -> None:
         while not self._done.wait(LEASE_MS / 3000):
             # One that cannot be renewed runs out, and the commit notices. XX: never make it anew.
-            with contextlib.suppress(redis.RedisError):
+            with contextlib.suppress(*REDIS_ERRORS):
                 self._client.set(self._key, b"", px=LEASE_MS, xx=True)
 
 

@@ -22,7 +22,7 @@ BATCH_BYTES = 16 * 1024 * 1024
 KEYS_PER_COMMAND = 1000
 #: What says how a file is cut, and all that says how it is stored.
 LAYOUT_MEMBERS = ("size", "version", "chunkSize", "tail")
-STORAGE_MEMBERS = (*LAYOUT_MEMBERS, "sha256", "crc", "chunks")
+STORAGE_MEMBERS = (*LAYOUT_MEMBERS, "imageName", "sha256", "crc", "chunks")
 
 
 def quote_path(path: str) -> str:
@@ -105,7 +105,7 @@ class Layout:
         """Return the key of chunk `number`."""
         return f"{CHUNK_PREFIX}{self.key}:{self.version}:{number}"
 
-    def chunk_keys(self, numbers: range | None = None) -> list[str]:
+    def chunk_keys(self, numbers: Sequence[int] | None = None) -> list[str]:
         """Return the keys of the chunks `numbers`, of all by default."""
         prefix = self.chunk_key(0)[:-1]
         wanted = range(self.count) if numbers is None else numbers
@@ -138,12 +138,6 @@ class Layout:
     def lease(self) -> str:
         """The key that says that this version is being loaded."""
         return f"{CHUNK_PREFIX}{{{self.key}}}:{self.version}"
-
-    def key_groups(self) -> Iterator[list[str]]:
-        """Yield the chunk keys in order, in groups for one command each."""
-        for first in range(0, self.count, KEYS_PER_COMMAND):
-            last = min(first + KEYS_PER_COMMAND, self.count)
-            yield self.chunk_keys(range(first, last))
 
     def batches(self) -> Iterator[range]:
         """Yield the chunk numbers in order, in runs of at most ``BATCH_BYTES``."""
@@ -192,17 +186,19 @@ def parse_document(key: str, members: Mapping[str, Any]) -> Document:
     layout = parse_layout(key, members)
     sha256 = str(members.get("sha256"))
     crc, chunks = _list(members.get("crc")), _list(members.get("chunks"))
+    # An edited name would let a look-up by imageName end at this file.
+    named = members.get("imageName") == shown_path(path_of(key).rpartition("/")[2])
     counted = len(crc) == len(chunks) == layout.count and re.fullmatch("[0-9a-f]{64}", sha256)
     # Nothing but this very file's own keys: no document can point at a foreign one.
-    if not counted or chunks != layout.chunk_keys():
+    if not named or not counted or chunks != layout.chunk_keys():
         raise _disagreement(key)
     return Document(layout, sha256, crc)
 
 
 def _disagreement(key: str) -> DamagedError:
     return DamagedError(
-        f"The document {shown_path(key)} is damaged: its size, chunkSize, tail, crc and chunks do "
-        "not agree. Load the file again."
+        f"The document {shown_path(key)} is damaged: its imageName, size, chunkSize, tail, crc and "
+        "chunks do not agree. Load the file again."
     )
 
 

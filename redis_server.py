@@ -261,7 +261,7 @@ class RedisServer:
 
     def _try_start(self) -> str | None:
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(0o700, parents=True, exist_ok=True)
         # Isolated mode: the watchdog is this file and the standard library, whatever the user's
         # folder or environment holds. A session of its own keeps Ctrl-C in a terminal from it.
         watch = ["watch", str(self.build), str(os.getpid()), str(self.folder or "")]
@@ -335,6 +335,7 @@ def _free_port() -> int:
 def _watch(build: Path, owner: int, folder: str) -> None:
     """Run a server until the owner says so, closes the pipe or is gone; print its last words."""
     configuration = sys.stdin.buffer.read(int(sys.stdin.buffer.readline()))
+    os.umask(0o077)  # what Redis writes is for nobody else to read
     if folder:
         _lock(folder)
     # SIGTERM ends this process through `finally`, so that the server goes with it.

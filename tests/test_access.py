@@ -262,8 +262,8 @@ def test_clients_of_other_settings(server, client, options):
 # patterns do not confine FT.*: whoever may search can search any index whose name they cover.
 APP = (
     "ACL SETUSER app reset on >password ~file:* ~chunk:* -@all +ping +json.get +json.set +mget "
-    "+set +del +unlink +exists +scan +watch +unwatch +multi +exec +ft.info +ft.search "
-    "+ft.aggregate +ft.cursor"
+    "+set +del +unlink +exists +strlen +pttl +pexpire +persist +scan +watch +unwatch +multi +exec "
+    "+ft.info +ft.search +ft.aggregate +ft.cursor"
 )
 OWNER = APP.replace("app", "owner") + " +ft.create"
 
@@ -296,6 +296,15 @@ def whole_run(client, folder, out):
     assert store.read("b.dcm") == (folder / "b.dcm").read_bytes()
     assert store.verify()["status"].tolist() == ["ok", "ok"]
     assert store.restore(out)["status"].tolist() == ["restored", "restored"]
+    store.delete("a.dcm")
+    client.set("chunk:file:b.dcm:0123456789ab:0", b"of a killed loader")
+    assert store.sweep()["size"].sum() == len(b"of a killed loader")
+    cache = DicomStore(client, chunk_size=1000, progress=False, ttl=60, renew=True, source=folder)
+    cache.put("b.dcm", (folder / "b.dcm").read_bytes(), replace=True)
+    assert list(cache.load(folder)["status"]) == ["loaded", "unchanged"]
+    client.unlink(cache.layout("a.dcm").chunk_key(0))
+    assert cache.read("a.dcm") == (folder / "a.dcm").read_bytes()
+    assert list(store.load(folder)["status"]) == ["unchanged", "unchanged"]
     store.delete("a.dcm")
     store.delete("b.dcm")
 
@@ -441,3 +450,50 @@ def test_representations_hold_no_secret(server, client):
     shown = repr(store) + repr(server) + repr(document) + str(client)
     assert server.password not in shown and "CompressedSamples" not in shown
     assert os.fspath(PYDICOM_FILES) not in shown
+
+
+def test_no_fault_tells_a_secret(server, client, tmp_path, caplog, capfd):
+    """Damage, races, full memory, a lost server: no message, log line or repr quotes a value."""
+    caplog.set_level(logging.DEBUG)
+    secret = "Confidential"
+    image = dicom(PatientName=secret, PatientID=secret, StudyDescription=secret, Rows=1)
+    other = dicom(PatientName=secret, PatientID=secret, Rows=2)
+    (folder := tmp_path / "in").mkdir()
+    (folder / "a").write_bytes(image)
+    shown = []
+
+    def told(action):
+        with pytest.raises(DicomRedisError) as caught:
+            action()
+        shown.extend(traceback.format_exception(caught.value))
+
+    store = DicomStore(client, chunk_size=100, progress=True, ttl=60, renew=True, source=folder)
+    shown.append(store.load(folder).to_string())
+    key = store.layout("a").chunk_key(1)
+    client.set(key, b"x")
+    told(lambda: store.read("a"))
+    shown.append(store.verify().to_string() + store.restore(tmp_path / "out").to_string())
+    client.unlink(key)
+    (folder / "a").write_bytes(dicom(SOPInstanceUID="1.9", PatientName=secret))
+    told(lambda: store.read("a"))
+    client.execute_command("JSON.SET", "file:a", "$.sha256", f'"{secret}"')
+    told(lambda: store.read("a"))
+    for rights in ("-@all +ping", "+@all -json.set", "+@all -exec", "+@all -set"):
+        user = ["ACL", "SETUSER", "limited", "reset", "on", f">{secret}", "~*", *rights.split()]
+        client.execute_command(*user)
+        with connect(f"redis://limited:{secret}@127.0.0.1:{server.port}") as connected:
+            limited = DicomStore(connected)
+            shown.append(repr(limited))
+            told(lambda limited=limited: limited.put("b", image))
+            told(lambda limited=limited: limited.load(folder, replace=True))
+    client.acl_deluser("limited")
+    with RedisServer(config=["maxmemory 1mb"]) as full, connect(full.url) as starved:
+        told(lambda: DicomStore(starved).put("a", other))
+    told(lambda: DicomStore(starved).put("a", other))
+    told(lambda: DicomStore(starved).read("a"))
+    shown += [repr(full), repr(store), caplog.text, *capfd.readouterr()]
+    text = "\n".join(shown)
+    assert len(text) > 2000
+    # "Command #" is how redis-py begins to quote a command with its arguments.
+    for planted in (secret, server.password, full.password, "Command #"):
+        assert planted not in text

@@ -20,7 +20,7 @@ from errors import (
     MissingChunkError,
     NotStoredError,
 )
-from layout import document_key, shown_path
+from layout import document_key, path_of, shown_path
 
 NAMES = [
     b"a b.dcm", b" leading", b"trailing ", b"it's", b'"quoted"', b"{braces}", b"}{", b"{", b"*",
@@ -46,7 +46,8 @@ def stored_as(client, key, image=None):
     chunk = f"chunk:{key}:0123456789ab:0"
     client.set(chunk, image)
     json_set(client, key, {
-        "imageName": "x", "size": len(image), "sha256": hashlib.sha256(image).hexdigest(),
+        "imageName": shown_path(path_of(key).rpartition("/")[2]),
+        "size": len(image), "sha256": hashlib.sha256(image).hexdigest(),
         "version": "0123456789ab", "chunkSize": len(image), "tail": [],
         "crc": [zlib.crc32(image)], "chunks": [chunk],
     })  # fmt: skip

@@ -12,7 +12,6 @@ from errors import DamagedError
 from layout import (
     BATCH_BYTES,
     DEFAULT_CHUNK_SIZE,
-    KEYS_PER_COMMAND,
     Layout,
     checked_path,
     document_key,
@@ -33,6 +32,7 @@ def layout_of(size, chunk_size, path="a/b.dcm"):
 
 def members_of(layout):
     return {
+        "imageName": "b.dcm",
         "size": layout.size,
         "sha256": "0" * 64,
         "version": layout.version,
@@ -85,13 +85,10 @@ def test_chunks_cover_the_file_exactly(size, chunk_size):
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 400_000), st.integers(64, 300_000))
-def test_groups_and_batches_hold_every_chunk_once(size, chunk_size):
-    """Commands take the chunk keys in order, batches stay within 16 MiB."""
+def test_batches_hold_every_chunk_once(size, chunk_size):
+    """Batches take the chunks in order and stay within 16 MiB."""
     layout = layout_of(size, chunk_size)
-    keys = [layout.chunk_key(number) for number in range(layout.count)]
-    groups = list(layout.key_groups())
-    assert [key for group in groups for key in group] == keys
-    assert max(map(len, groups)) <= KEYS_PER_COMMAND
+    assert layout.chunk_keys() == [layout.chunk_key(number) for number in range(layout.count)]
     batches = list(layout.batches())
     assert [number for batch in batches for number in batch] == list(range(layout.count))
     assert all(sum(map(layout.length, batch)) <= BATCH_BYTES for batch in batches)

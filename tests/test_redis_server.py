@@ -732,3 +732,66 @@ def test_help_lists_examples(capsys):
     examples = capsys.readouterr().out.partition("examples:\n")[2]
     assert "python redis_server.py install\n" in examples
     assert "python redis_server.py run " in examples
+
+
+# --- another user of the machine -----------------------------------------------------------------
+
+NOSY = r"""
+import os, socket, sys
+from pathlib import Path
+port, process, *places = sys.argv[1:]
+def tell(what):
+    try:
+        print(what())
+    except OSError as error:
+        print(type(error).__name__)
+def ask():
+    with socket.create_connection(("127.0.0.1", int(port)), timeout=5) as connection:
+        connection.sendall(b"GET secret\r\nFLUSHALL\r\nCONFIG GET requirepass\r\n")
+        reply = b""
+        while reply.count(b"\r\n") < 3:
+            reply += connection.recv(1000)
+    return {line.split(b" ")[0] for line in reply.split()if line.startswith(b"-")}
+tell(ask)
+for name in ("environ", "mem", "maps"):
+    tell(lambda: Path(f"/proc/{process}/{name}").open("rb").read(10))
+tell(lambda: os.listdir(f"/proc/{process}/fd") and os.readlink(f"/proc/{process}/fd/0"))
+tell(lambda: os.kill(int(process), 0))
+for place in places:
+    tell(lambda: os.listdir(place))
+    for file in Path("/").glob(place[1:] + "/**/*"):
+        tell(lambda: file.read_bytes())
+print(Path(f"/proc/{process}/cmdline").read_bytes())
+"""
+
+
+@linux
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0 or not Path("/usr/bin/python3").exists(),
+    reason="becomes another user, who needs a Python of the system's",
+)
+def test_another_user_sees_nothing(tmp_path):
+    """Without the password nothing is answered; process, scratch folder and data are closed."""
+    for folder in tmp_path.parents:  # so that it is our own folders that keep others out
+        if str(folder).startswith("/tmp/"):
+            folder.chmod(0o755)
+    tmp_path.chmod(0o755)
+    with RedisServer(folder=tmp_path / "data") as server:
+        ask(server.url, "SET", "secret", "of the owner")
+        process = server_process(server.url)
+        scratch = os.readlink(f"/proc/{process}/cwd")
+        places = [scratch, os.fspath(tmp_path / "data")]
+        log = next(tmp_path.glob("dicom-redis-*"))
+        looked = subprocess.run(
+            ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "/usr/bin/env", "-i",
+             "/usr/bin/python3", "-c", NOSY, str(server.port), str(process), *places,
+             os.fspath(log)],
+            capture_output=True, text=True, cwd="/",
+        )  # fmt: skip
+        assert looked.returncode == 0, looked.stderr
+        answers, *denied, cmdline = looked.stdout.splitlines()
+        assert answers == "{b'-NOAUTH'}"
+        assert len(denied) >= 8 and set(denied) == {"PermissionError"}, denied
+        assert server.password not in looked.stdout and "redis-server" in cmdline
+        for file in [tmp_path / "data", *(tmp_path / "data").rglob("*")]:
+            assert file.stat().st_mode & 0o077 == 0, file

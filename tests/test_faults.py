@@ -1,0 +1,10 @@
+"""The faults of tests/faults.py, each as often as a quick test run allows."""
+
+import faults
+import pytest
+
+
+@pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda fault: fault.__name__)
+def test_fault(fault):
+    """Nothing torn, nothing lost: what the fault's own checks hold, at a small count."""
+    assert fault(faults.FAULTS[fault][0])
