@@ -253,7 +253,8 @@ def scenarios(rounds: int) -> tuple[dict[str, dict[str, list[float]]], dict[str,
         table = Table(Path(folder) / "images.db", files)
 
         def ours_search() -> Any:
-            found = store.find(protocolName="194", studyDate=("2019-01-01", "2019-12-31"))
+            days = ("2019-01-01", "2019-12-31")
+            found = store.find(protocolName="194", studyDate=days, columns=())
             return store.read(found["key"].iloc[0])
 
         methods: dict[str, dict[str, Callable[[], Any]]] = {
