@@ -238,6 +238,15 @@ def test_scattered_reads_take_nothing_more(monkeypatch):
     assert memory.asked == [[n, n + 1, n + 2] for n in (50, 10, 90, 30)]
 
 
+def test_a_little_in_a_row_fetches_nothing_ahead():
+    """Below 1 MiB in a row, as the tables of a slide are read, only what is touched is fetched."""
+    memory = Memory(RANDOM * 2, 200_000)
+    with memory.open() as reader:
+        for _ in range(10):
+            reader.read(100_000)
+    assert memory.asked == [[0], [1], [2], [3], [4]]
+
+
 def test_reading_in_a_row_fetches_ahead_ever_more():
     """A whole file takes far fewer round trips than chunks, and every chunk comes once."""
     memory = Memory(RANDOM * 40, 20_000)
@@ -401,6 +410,8 @@ def test_what_is_fetched_ahead_fails_no_read_before_it():
         pieces = [reader.read(20_000) for _ in range(200)]
         with pytest.raises(MissingChunkError, match=r":200$"):
             reader.read(1)
+        # It was not tried again for every read in between.
+        assert sum(200 in numbers for numbers in memory.asked) < 10
         memory.broken.clear()
         assert b"".join(pieces) + reader.read() == RANDOM * 6
 
