@@ -210,7 +210,8 @@ def _binary_client(client: Client) -> Client:
             "Leave the number out of REDIS_URL."
         )
     if not settings.get("decode_responses") and str(settings.get("protocol") or 3) == "3":
-        return client
+        # The same connections, but replies as they come: client.json() has redis-py parse them.
+        return redis.Redis(connection_pool=pool)
     settings.update(decode_responses=False, protocol=3)
     return redis.Redis(
         connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **settings)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import psutil
 import redis
@@ -74,7 +75,10 @@ def document_text(client: redis.Redis, key: str, *, most: int = 4) -> str:
     """Return a document as it lies in Redis; of `header`, only the first `most` members."""
     document = json.loads(client.execute_command("JSON.GET", key))
     header = document["header"]
+    if "descriptor" in document:
+        document["descriptor"] = f"({len(document['descriptor'])} grey levels)"
     document["header"] = dict(list(header.items())[:most])
+    document["header"] = document.pop("header")  # the longest last
     text = json.dumps(document, indent=2, ensure_ascii=False)
     return text.replace("\n  }\n}", f",\n    … {len(header) - most} more\n  }}\n}}")
 
@@ -275,6 +279,74 @@ def slide_views(
     right.set_title(f"{region.width} × {region.height} pixels of it at full size", fontsize=9)
     left.set_axis_off()
     right.set_axis_off()
+    return _finished(figure)
+
+
+def heat_map(table: pd.DataFrame, title: str) -> Figure:
+    """Return a heat map of a cross table of counts, each cell with its number."""
+    figure, axes = plt.subplots(
+        figsize=(WIDTH_INCHES * 1.2, 1.2 + 0.3 * len(table)), layout="constrained"
+    )
+    counts = table.to_numpy()
+    axes.imshow(np.log1p(counts), cmap="Blues", aspect="auto")
+    for (row, column), count in np.ndenumerate(counts):
+        if count:
+            color = "white" if np.log1p(count) > 0.6 * np.log1p(counts.max()) else "black"
+            axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=8)
+    axes.set_xticks(range(table.shape[1]), [str(value) for value in table.columns], rotation=60)
+    axes.set_yticks(range(table.shape[0]), [str(value) for value in table.index])
+    axes.set(title=title, xlabel=str(table.columns.name), ylabel=str(table.index.name))
+    return _finished(figure)
+
+
+def nearest(store: DicomStore, name: str, found: pd.DataFrame) -> Figure:
+    """Return a figure of an image and those that look like it, with their distances."""
+    figure, row = plt.subplots(
+        1, len(found) + 1, figsize=(WIDTH_INCHES * 1.3, 2.7), layout="constrained"
+    )
+    draw_image(row[0], pixels.read_dataset(store.read(name)), title=f"{name}\n(asked for)")
+    for hit, axes in zip(found.itertuples(), row[1:], strict=True):
+        title = f"{hit.imageName}\ndistance {hit.distance:.1f}"
+        draw_image(axes, pixels.read_dataset(store.read(str(hit.key))), title=title)
+        axes.title.set_fontsize(7)
+    row[0].title.set_fontsize(7)
+    return _finished(figure)
+
+
+def skewed(report: pd.DataFrame, count: int) -> list[str]:
+    """Return names of loaded files to read: half of the time one of the same tenth of them."""
+    names = [Path(path).name for path in report["path"][report["key"] != ""]]
+    random = np.random.default_rng(1)
+    often = random.permutation(len(names))[: max(1, len(names) // 10)]
+    which = np.where(
+        random.random(count) < 0.5,
+        random.choice(often, count),
+        random.integers(len(names), size=count),
+    )
+    return [names[number] for number in which]
+
+
+def read_through(cache: DicomStore, names: Sequence[str]) -> pd.DataFrame:
+    """Read files through a cache; return for each whether it was a hit, and the time in ms."""
+    rows = []
+    for name in names:
+        hits, start = cache.hits, time.perf_counter()
+        cache.read(name)
+        rows.append({"hit": cache.hits > hits, "ms": (time.perf_counter() - start) * 1000})
+    return pd.DataFrame(rows)
+
+
+def cache_figure(reads: pd.DataFrame, title: str) -> Figure:
+    """Return a figure of a cache at work: its hit ratio as it fills, and what reads took."""
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(WIDTH_INCHES * 1.1, 3.4), layout="constrained"
+    )
+    left.plot(reads["hit"].rolling(100, min_periods=20).mean(), color=BLUE)
+    left.set(xlabel="reads", ylabel="hits among the last 100 reads", ylim=(0, 1))
+    kinds = [reads.loc[reads["hit"], "ms"], reads.loc[~reads["hit"], "ms"]]
+    right.boxplot(kinds, tick_labels=["hit", "miss, refilled"], showfliers=False)
+    right.set(ylabel="ms a read", yscale="log")
+    figure.suptitle(title)
     return _finished(figure)
 
 
