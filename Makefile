@@ -1,7 +1,6 @@
 # make demo           set up, run the notebook from top to bottom, print the scenarios' results
 # make lab            set up, open the notebook in JupyterLab
 # make test           set up, run all tests
-# make faults         kill, damage and starve the store at length (10 minutes)
 # make check          set up, check format, lint and types
 # make format         put the code into its format
 # make notebook       run the notebook and keep its outputs in it
@@ -20,7 +19,7 @@ REDIS := .redis/redis-server
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test faults check format notebook bench bench-partial bench-search faults clean
+.PHONY: help demo lab test check format notebook bench bench-partial bench-search faults clean
 
 help:
 	@grep -E '^# make' Makefile | sed 's/^# //'
