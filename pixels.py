@@ -11,7 +11,7 @@ import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, pixel_array
-from pydicom.uid import UID, ImplicitVRLittleEndian
+from pydicom.uid import UID, ImplicitVRLittleEndian, RLELossless
 
 import documents
 
@@ -82,7 +82,15 @@ def render_file(file: BinaryIO, frame: int, syntax: str, *, longest: int) -> NDA
         As for :func:`render`.
     """
     dataset = Dataset()
-    array = pixel_array(file, ds_out=dataset, index=frame, transfer_syntax_uid=UID(syntax))
+    # pylibjpeg-rle panics at broken data, with an exception that is no Exception.
+    plugin = "pydicom" if syntax == RLELossless else ""
+    array = pixel_array(
+        file,
+        ds_out=dataset,
+        index=frame,
+        transfer_syntax_uid=UID(syntax),
+        decoding_plugin=plugin,
+    )
     step = max(1, max(array.shape[:2]) // longest)
     return _shown(array[::step, ::step], dataset)
 
