@@ -256,7 +256,9 @@ class DicomStore:
     progress : bool, optional
         Whether long work shows a progress bar.
     descriptors : bool, optional
-        Whether loading decodes a frame of every image for :meth:`similar`.
+        Whether loading decodes a frame of every image for :meth:`similar`. Off by default: the
+        decoders of compressed pixels are C libraries that a file made to harm can keep busy for
+        minutes or bring down. Turn it on for images that you trust.
     ttl : float, optional
         Makes the store a cache: what is loaded expires after so many seconds, the chunks a little
         after their document. Loaded again without `ttl`, a file stays for good.
@@ -283,7 +285,7 @@ class DicomStore:
         *,
         chunk_size: int = DEFAULT_CHUNK_SIZE,
         progress: bool = True,
-        descriptors: bool = True,
+        descriptors: bool = False,
         ttl: float | None = None,
         renew: bool = False,
         source: str | os.PathLike[str] | None = None,
@@ -1402,8 +1404,8 @@ class DicomStore:
             own_key, members = self._lookup(image, (DESCRIPTOR,))
             if DESCRIPTOR not in members:
                 raise NoDescriptorError(
-                    f"{shown_path(own_key)} cannot be compared: it has no pixels, or none that "
-                    "could be decoded when it was loaded."
+                    f"{shown_path(own_key)} cannot be compared: it has no pixels, or was not "
+                    "loaded with descriptors=True, or could not be decoded then."
                 )
             wanted = members[DESCRIPTOR]
         else:

@@ -127,7 +127,7 @@ def scale(sizes: tuple[int, ...], rounds: int) -> tuple[Costs, dict[int, float]]
     rates = {}
     with RedisServer() as server:
         client = connect(server.url)
-        store = DicomStore(client, progress=False)
+        store = DicomStore(client, progress=False, descriptors=True)
         store.find()
         stored = 0
         for size in sizes:
@@ -237,7 +237,7 @@ def scenarios(rounds: int) -> tuple[dict[str, dict[str, list[float]]], dict[str,
     root = Path(pydicom.__file__).parent / "data"
     with TemporaryDirectory() as folder, RedisServer() as server:
         client = connect(server.url)
-        store = DicomStore(client, progress=False)
+        store = DicomStore(client, progress=False, descriptors=True)
         store.load(root)
         files: dict[str, tuple[dict[str, Any], bytes]] = {}
         for row in store.find().to_dict("records"):
@@ -298,7 +298,7 @@ def likeness(root: Path) -> str:
     spec = importlib.util.find_spec("data_store")  # the package pydicom-data
     with RedisServer() as server:
         client = connect(server.url)
-        store = DicomStore(client, progress=False)
+        store = DicomStore(client, progress=False, descriptors=True)
         store.load(root)
         if spec is not None and spec.origin is not None:
             store.load(Path(spec.origin).parent / "data", under="pydicom-data")
