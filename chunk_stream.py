@@ -180,7 +180,7 @@ class ChunkProtocol(asyncio.BufferedProtocol):
             reason = f"was lost ({exc})" if exc else "was closed by the server"
             self._fail(self.error(f"A connection to Redis {reason}"))
         self._transport = None
-        if self.closed and not self.closed.done():  # a second Ctrl-C cancels the wait for it
+        if self.closed and not self.closed.done():  # cancelling the wait cancels it
             self.closed.set_result(None)
 
     def pause_writing(self) -> None:
