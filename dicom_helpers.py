@@ -19,14 +19,12 @@ import math
 import os
 import re
 import secrets
-import stat
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
@@ -41,7 +39,6 @@ from tqdm import tqdm
 
 import descriptor
 import documents
-import slides
 from chunk_reader import CACHE_BYTES, ChunkReader
 from chunk_stream import ChunkStream, crc32, run, supports
 from errors import (
@@ -75,6 +72,7 @@ from layout import (
     plan_tail,
     shown_path,
 )
+from loading import CHANGED, Load, Progress, modified, read_whole, sha256_of, walk
 from queries import (
     DATE_FIELDS,
     DESCRIPTOR,
@@ -97,6 +95,7 @@ from queries import (
 from queries import not_ as not_
 from queries import words as words
 from redis_server import shared_server
+from workers import Description, describe_all
 
 Client = redis.Redis | redis.RedisCluster
 #: redis-py derives what it says of a cluster from nothing else.
@@ -113,12 +112,17 @@ COORDINATED_ENGINE = 80_000
 SOCKET_TIMEOUT_S = 30.0
 #: How often a read or a load starts over when the file is replaced under it.
 ATTEMPTS = 20
-CHANGED = "changed while it was read; load it again"
+PARTIAL_HEADER = "its header could be read only in part"
+UNDECODED = "its pixels take too long, or too much memory: similar does not find it"
 LOAD_AGAIN = "Delete the file and load it again."
 UNINDEXED = "stored, but no search finds it: a value does not fit the type of an indexed field"
 SEARCH_PAGE = 10_000
 SIMILAR_COLUMNS = ("imageName", "modality", "bodyPartExamined", "seriesDescription")
 SWEEP_PAGE = 10_000
+#: So many documents are looked up at a time, to see which files are stored already.
+LOOK_UP = 32
+#: What has to be known of a stored file before it is loaded again.
+CURRENT_MEMBERS = (*STORAGE_MEMBERS, "sopInstanceUID", "rows", "headerPartial", DESCRIPTOR)
 OWN_REDIS = (
     "Use Redis 8 or Redis Stack (`docker compose up -d`), or leave REDIS_URL unset for the "
     "embedded server."
@@ -256,9 +260,7 @@ class DicomStore:
     progress : bool, optional
         Whether long work shows a progress bar.
     descriptors : bool, optional
-        Whether loading decodes a frame of every image for :meth:`similar`. Off by default: the
-        decoders of compressed pixels are C libraries that a file made to harm can keep busy for
-        minutes or bring down. Turn it on for images that you trust.
+        Whether loading decodes a frame of every image for :meth:`similar`; without, it is faster.
     ttl : float, optional
         Makes the store a cache: what is loaded expires after so many seconds, the chunks a little
         after their document. Loaded again without `ttl`, a file stays for good.
@@ -285,7 +287,7 @@ class DicomStore:
         *,
         chunk_size: int = DEFAULT_CHUNK_SIZE,
         progress: bool = True,
-        descriptors: bool = False,
+        descriptors: bool = True,
         ttl: float | None = None,
         renew: bool = False,
         source: str | os.PathLike[str] | None = None,
@@ -304,6 +306,7 @@ class DicomStore:
         self.source = None if source is None else Path(source).resolve()
         self.hits = self.misses = 0
         self._client = _binary_client(client)
+        self._leases = _Leases(self._client)
         self._index_known = False
         self._index = IndexInfo({}, frozenset())
 
@@ -382,7 +385,9 @@ class DicomStore:
         """Load a DICOM file, or every DICOM file below a folder.
 
         Linked files are loaded, linked folders are listed and not entered. A file that is stored
-        already is sent again only if it differs or has lost a chunk.
+        already is sent again only if it differs or has lost a chunk, so that an interrupted load
+        goes on where it stopped. While bytes are sent, other processes read headers and decode
+        pixels, on all cores.
 
         Parameters
         ----------
@@ -405,6 +410,8 @@ class DicomStore:
             If `source` does not exist.
         ServerError
             If the server cannot take the files; those loaded so far stay.
+        WorkerError
+            If no process can be started to decode pixels in.
         """
         source = Path(source)
         if not source.exists():
@@ -412,25 +419,10 @@ class DicomStore:
         prefix = f"{checked_path(under.strip('/'))}/" if under else ""
         if self._searchable:
             self._ensure_index()
-        found = [(source.name, source, "")] if source.is_file() else list(_walk(source))
-        rows = []
-        for relative, file, problem in self._bar(found, "Loading", "file"):
-            path = prefix + relative
-            row: dict[str, Any] = {"path": shown_path(path), "key": "", "size": 0, "chunks": 0}
-            if problem:
-                rows.append({**row, "status": "skipped", "reason": problem})
-                continue
-            try:
-                row["size"] = file.stat().st_size
-                with open(file, "rb", buffering=0) as handle:
-                    size = row["size"]
-                    stored = self._store(path, handle, size, replace=replace, local=file)
-                rows.append(row | stored)
-            except ServerError:
-                raise
-            except (OSError, NotDicomError, DamagedError) as error:
-                reason = getattr(error, "strerror", None) or str(error)
-                rows.append({**row, "status": "skipped", "reason": reason})
+        found = [(source.name, source, "")] if source.is_file() else walk(source)
+        loads = [Load(prefix + path, file, problem) for path, file, problem in found]
+        self._load(loads, replace=replace, shown=self.progress)
+        rows = [load.row for load in loads]
         unindexed = self._unindexed([row["key"] for row in rows if row["key"]])
         for row in rows:
             if row["key"] in unindexed:
@@ -481,52 +473,127 @@ class DicomStore:
                     f"({type(error).__name__}): it needs a SOPClassUID, a SOPInstanceUID and a "
                     "TransferSyntaxUID."
                 ) from None
-            buffer.seek(0)
-        else:
-            buffer = io.BytesIO(image)
+            image = buffer.getvalue()
         if self._searchable:
             self._ensure_index()
-        key = str(self._store(path, buffer, buffer.getbuffer().nbytes, replace=replace)["key"])
-        if self._unindexed([key]):
-            raise SearchError(f"{key} is {UNINDEXED}.")
-        return key
+        load = Load(path, bytes(image), strict=True)
+        self._load([load], replace=replace)
+        if self._unindexed([load.key]):
+            raise SearchError(f"{load.key} is {UNINDEXED}.")
+        return load.key
+
+    def _load(self, loads: Sequence[Load], *, replace: bool, shown: bool = False) -> None:
+        """Store files, each said in its row."""
+        progress = Progress(loads, shown=shown)
+        described = describe_all(self._changed(loads, progress), len(loads), self.descriptors)
+        with contextlib.closing(progress), contextlib.closing(described):
+            for (load, current), description in described:
+                with load.reporting():
+                    if isinstance(description, OSError):
+                        raise description
+                    if load.row["status"] != "unchanged":
+                        self._store(load, current, description, progress, replace=replace)
+                    elif current is not None and description.descriptor:
+                        self._add_descriptor(load.key, current, description.descriptor)
+                progress.finished(load)
+
+    def _changed(
+        self, loads: Sequence[Load], progress: Progress
+    ) -> Iterator[tuple[tuple[Load, _Current | None], Path | bytes]]:
+        """Yield the files that are not stored as they are, with what is stored instead."""
+        for first in range(0, len(loads), LOOK_UP):
+            group = loads[first : first + LOOK_UP]
+            with self._client.pipeline(transaction=False) as pipe:
+                for load in group:
+                    pipe.execute_command(*_get_members(load.key, CURRENT_MEMBERS))
+                replies = pipe.execute(raise_on_error=False)
+            for load, reply in zip(group, replies, strict=True):
+                current, done = None, True
+                with load.reporting():
+                    if not load.row["reason"]:
+                        members = _parse_members(load.key, CURRENT_MEMBERS, reply)
+                        current = _Current.of(load.key, members)
+                        done = self._is_done(load, current)
+                if done:
+                    progress.finished(load)
+                else:
+                    yield (load, current), load.content
+
+    def _is_done(self, load: Load, current: _Current | None) -> bool:
+        """Whether all of a file is stored; if only its descriptor is not, its row says so too."""
+        document = current and current.document
+        if current is None or document is None or document.layout.size != load.size():
+            return False
+        with load.opened() as file:
+            if not self._holds(current, load.row["size"], sha256_of(file)):
+                return False
+        reason = PARTIAL_HEADER if "headerPartial" in current.members else ""
+        chunks = document.layout.count
+        load.row |= {"key": load.key, "chunks": chunks, "status": "unchanged", "reason": reason}
+        has_pixels, described = "rows" in current.members, DESCRIPTOR in current.members
+        return described or not has_pixels or not self.descriptors
+
+    def _add_descriptor(self, key: str, current: _Current, seen: list[int]) -> None:
+        """Give a document what it was stored without, unless it is replaced meanwhile."""
+        with self._node(key).pipeline() as pipe, contextlib.suppress(redis.WatchError):
+            pipe.watch(key)
+            now = self._members(key, ("version",), pipe)
+            if now is not None and now.get("version") == current.members["version"]:
+                pipe.multi()
+                pipe.execute_command("JSON.SET", key, f"$.{DESCRIPTOR}", json.dumps(seen))
+                pipe.execute()
 
     def _store(
-        self, path: str, file: BinaryIO, size: int, *, replace: bool, local: Path | None = None
-    ) -> dict[str, Any]:
-        """Store one file under `path`; return its row of the report."""
-        if size == 0:
+        self,
+        load: Load,
+        current: _Current | None,
+        description: Description,
+        progress: Progress,
+        *,
+        replace: bool,
+    ) -> None:
+        """Store one file."""
+        members, key = description.members, load.key
+        load.row["size"] = load.size()
+        if load.row["size"] == 0:
             raise NotDicomError("an empty file")
-        if size <= BATCH_BYTES:
-            file = io.BytesIO(file.read())
-        modified = _modified(file)
-        members = documents.describe(file)
-        if members is None and local is not None:
-            members = slides.describe(local)
         if members is None:
             raise NotDicomError("neither DICOM (no DICM, no SOP Class UID) nor a slide")
-        key = document_key(path)
-        tail = plan_tail(size, self.chunk_size)
-        reason = "its header could be read only in part" if "headerPartial" in members else ""
-        row = {"key": key, "chunks": size // self.chunk_size + len(tail)}
-        current = self._current(key)
         if current is not None:
-            if self._holds(current, size, _sha256(file)):
-                return {**row, "status": "unchanged", "reason": reason}
             _refuse_another_image(key, current, members, replace)
-        if self.descriptors and (seen := descriptor.of_file(file, members)):
-            members[DESCRIPTOR] = seen
+        if description.descriptor:
+            members[DESCRIPTOR] = description.descriptor
+        reasons = [PARTIAL_HEADER] if "headerPartial" in members else []
+        reasons += [UNDECODED] if description.given_up and self.descriptors else []
+        with load.opened() as file:
+            if load.modified != description.modified:
+                raise OSError(errno.EIO, CHANGED)
+            self._send_and_commit(load, file, current, members, progress, replace)
+        load.row["reason"] = "; ".join(reasons)
+
+    def _send_and_commit(
+        self,
+        load: Load,
+        file: BinaryIO,
+        current: _Current | None,
+        members: Mapping[str, Any],
+        progress: Progress,
+        replace: bool,
+    ) -> None:
+        """Store the bytes of `file` and their document."""
+        key, size = load.key, load.row["size"]
+        tail = plan_tail(size, self.chunk_size)
         for _ in range(ATTEMPTS):
             layout = Layout(key, secrets.token_hex(6), size, self.chunk_size, tail)
             try:
-                with _Lease(self._client, layout.lease):
-                    sha256, crc = self._send(layout, file)
+                with self._leases.held(layout.lease):
+                    sha256, crc = self._send(layout, file, progress.sent)
                     if self.ttl is not None:
                         self._expire(layout)
-                    if _modified(file) != modified:
+                    if modified(file) not in (None, load.modified):
                         raise OSError(errno.EIO, CHANGED)
                     document = {
-                        "imageName": shown_path(path.rpartition("/")[2]),
+                        "imageName": shown_path(load.path.rpartition("/")[2]),
                         "size": size,
                         "sha256": sha256,
                         "version": layout.version,
@@ -549,7 +616,8 @@ class DicomStore:
             if status is None and self._abandon(layout):
                 status = "loaded" if current is None else "replaced"
             if status is not None:
-                return {**row, "status": status, "reason": reason}
+                load.row |= {"key": key, "chunks": layout.count, "status": status}
+                return
         raise ServerError(
             f"{key} could not be stored: its lease of {LEASE_MS} ms ran out {ATTEMPTS} times. The "
             "connection to Redis is too slow or stalls."
@@ -557,32 +625,16 @@ class DicomStore:
 
     def _current(self, key: str, client: redis.Redis | None = None) -> _Current | None:
         """Return what is stored at `key` now, or None."""
-        members = self._members(key, (*STORAGE_MEMBERS, "sopInstanceUID"), client)
-        if members is None:
-            return None
-        with contextlib.suppress(DamagedError):
-            return _Current(parse_document(key, members), members.get("sopInstanceUID"))
-        return _Current(None, members.get("sopInstanceUID"))
+        return _Current.of(key, self._members(key, CURRENT_MEMBERS, client))
 
     def _members(
         self, key: str, names: Sequence[str], client: redis.Redis | None = None
     ) -> dict[str, Any] | None:
         try:
-            reply = (client or self._node(key)).execute_command(
-                "JSON.GET", os.fsencode(key), *(f"$.{name}" for name in names)
-            )
+            reply = (client or self._node(key)).execute_command(*_get_members(key, names))
         except redis.ResponseError as error:
-            if "unknown command" in str(error).lower():
-                raise ServerError(f"This Redis has no JSON engine. {OWN_REDIS}") from error
-            if "wrong" not in str(error).lower():
-                raise
-            raise DamagedError(f"The key {key} holds something else than a document.") from error
-        if reply is None:
-            return None
-        found = json.loads(reply)
-        if len(names) == 1:  # of a single path, Redis gives the values alone
-            found = {f"$.{names[0]}": found}
-        return {name: values[0] for name in names if (values := found[f"$.{name}"])}
+            reply = error
+        return _parse_members(key, names, reply)
 
     def _holds(self, current: _Current, size: int, sha256: str) -> bool:
         """Whether `current` is this very content, cut alike, with every chunk there.
@@ -598,7 +650,9 @@ class DicomStore:
         there = sum(self._with_keys("EXISTS", layout.chunk_keys()))
         return bool(there == layout.count) and self._prolong(document)
 
-    def _send(self, layout: Layout, file: BinaryIO) -> tuple[str, list[int]]:
+    def _send(
+        self, layout: Layout, file: BinaryIO, sent: Callable[[int], None]
+    ) -> tuple[str, list[int]]:
         """Send the chunks; return SHA-256 and the chunks' CRC-32 of the very bytes sent."""
         sha256 = hashlib.sha256()
         crc: list[int] = []
@@ -606,10 +660,12 @@ class DicomStore:
 
         def read(views: list[memoryview]) -> int:
             for view in views:
-                _read_whole(file, view)
+                read_whole(file, view)
                 sha256.update(view)
                 crc.append(crc32(view))
-            return sum(map(len, views))
+            count = sum(map(len, views))
+            sent(count)
+            return count
 
         if self._is_streamed(layout):
             chunks = layout.chunks()
@@ -1104,8 +1160,7 @@ class DicomStore:
             if not file.resolve().is_relative_to(self.source) or not file.is_file():
                 return "no such file below it"
             self.misses += 1
-            with open(file, "rb", buffering=0) as handle:
-                self._store(path_of(key), handle, file.stat().st_size, replace=False)
+            self._load([Load(path_of(key), file, strict=True)], replace=False)
         except ServerError:
             raise
         except (OSError, NotDicomError, DamagedError, AnotherImageError) as error:
@@ -1656,48 +1711,88 @@ def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 class _Current(NamedTuple):
-    """What is stored at a key at one moment: a sound document or None, and its SOP Instance UID."""
+    """What is stored at a key at one moment: a sound document or None, and some of its members."""
 
     document: Document | None
-    sop_instance_uid: str | None
+    members: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, key: str, members: Mapping[str, Any] | None) -> _Current | None:
+        if members is None:
+            return None
+        with contextlib.suppress(DamagedError):
+            return cls(parse_document(key, members), members)
+        return cls(None, members)
 
 
-class _Lease:
-    """Says that a version is being loaded, for as long as the ``with`` block lasts.
+class _Leases:
+    """Say of versions that they are being loaded, for as long as that takes.
 
-    It runs out ``LEASE_MS`` after its holder is gone; a load that finds it gone starts again.
+    A lease runs out ``LEASE_MS`` after its holder is gone; a load that finds it gone starts again.
     """
 
-    def __init__(self, client: Client, key: str) -> None:
+    def __init__(self, client: Client) -> None:
         self._client = client
-        self._key = key
-        self._done = threading.Event()
-        self._renewer = threading.Thread(target=self._renew, daemon=True)
+        self._held: set[str] = set()
+        self._lock = threading.Lock()
+        self._renewing = False
 
-    def __enter__(self) -> None:
-        self._client.set(self._key, b"", px=LEASE_MS)
-        self._renewer.start()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._done.set()
-        self._renewer.join()
+    @contextlib.contextmanager
+    def held(self, key: str) -> Iterator[None]:
+        """Hold the lease `key` during a ``with`` block; what it stands for decides what follows."""
+        self._client.set(key, b"", px=LEASE_MS)
+        with self._lock:
+            self._held.add(key)
+            if not self._renewing:
+                self._renewing = True
+                threading.Thread(target=self._renew, name="leases", daemon=True).start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held.remove(key)
 
     def _renew(self) -> None:
-        while not self._done.wait(LEASE_MS / 3000):
-            # One that cannot be renewed runs out, and the commit notices. XX: never make it anew.
-            with contextlib.suppress(*REDIS_ERRORS):
-                self._client.set(self._key, b"", px=LEASE_MS, xx=True)
+        """Renew what is held, until for a whole period nothing is."""
+        while True:
+            time.sleep(LEASE_MS / 3000)
+            with self._lock:
+                held = list(self._held)
+                self._renewing = bool(held)
+            if not held:
+                return
+            for key in held:
+                # If it cannot be renewed, the commit notices. XX: never make it anew.
+                with contextlib.suppress(*REDIS_ERRORS):
+                    self._client.set(key, b"", px=LEASE_MS, xx=True)
+
+
+def _get_members(key: str, names: Sequence[str]) -> list[Any]:
+    return ["JSON.GET", os.fsencode(key), *(f"$.{name}" for name in names)]
+
+
+def _parse_members(key: str, names: Sequence[str], reply: Any) -> dict[str, Any] | None:
+    """Return the members in the reply to `_get_members`, or None if there is no document."""
+    if isinstance(reply, redis.ResponseError):
+        if "unknown command" in str(reply).lower():
+            raise ServerError(f"This Redis has no JSON engine. {OWN_REDIS}") from reply
+        if "wrong" not in str(reply).lower():
+            raise reply
+        raise DamagedError(f"The key {key} holds something else than a document.") from reply
+    if isinstance(reply, Exception):
+        raise reply
+    if reply is None:
+        return None
+    found = json.loads(reply)
+    if len(names) == 1:  # of a single path, Redis gives the values alone
+        found = {f"$.{names[0]}": found}
+    return {name: values[0] for name in names if (values := found[f"$.{name}"])}
 
 
 def _refuse_another_image(
     key: str, current: _Current, members: Mapping[str, Any], replace: bool
 ) -> None:
-    stored, new = current.sop_instance_uid, members.get("sopInstanceUID")
+    stored, new = current.members.get("sopInstanceUID"), members.get("sopInstanceUID")
     if not replace and stored and new and stored != new:
         raise AnotherImageError(
             f"{key} holds another image (another SOP Instance UID): load with under='a folder' to "
@@ -1705,58 +1800,7 @@ def _refuse_another_image(
         )
 
 
-def _modified(file: BinaryIO) -> int | None:
-    return None if isinstance(file, io.BytesIO) else os.fstat(file.fileno()).st_mtime_ns
-
-
-def _read_whole(file: BinaryIO, view: memoryview) -> None:
-    """Fill `view` from `file`; an unbuffered one may give less than is asked for."""
-    filled = 0
-    while filled < len(view):
-        count = file.readinto(view[filled:])  # type: ignore[attr-defined]
-        if not count:
-            raise OSError(errno.EIO, CHANGED)
-        filled += count
-
-
-def _sha256(file: BinaryIO) -> str:
-    # Not hashlib.file_digest: it hands a BytesIO over whole, and reads 256 KiB at a time otherwise.
-    sha256 = hashlib.sha256()
-    file.seek(0)
-    while piece := file.read(DEFAULT_CHUNK_SIZE):
-        sha256.update(piece)
-    return sha256.hexdigest()
-
-
 # --- files ---------------------------------------------------------------------------------------
-
-
-def _walk(root: Path) -> Iterator[tuple[str, Path, str]]:
-    """Yield (path relative to `root`, file, why it cannot be loaded) in a stable order."""
-    folders = [("", root)]
-    while folders:
-        prefix, folder = folders.pop()
-        try:
-            entries = sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name))
-        except OSError as error:
-            yield prefix.rstrip("/") or folder.name, folder, error.strerror or str(error)
-            continue
-        inner = []
-        for entry in entries:
-            path = prefix + entry.name
-            problem = ""
-            try:
-                if entry.is_dir(follow_symlinks=False):
-                    inner.append((f"{path}/", Path(entry.path)))
-                    continue
-                if entry.is_dir():
-                    problem = "a link to a folder; links to folders are not followed"
-                elif not stat.S_ISREG(entry.stat().st_mode):
-                    problem = "not a regular file"
-            except OSError as error:
-                problem = error.strerror or str(error)
-            yield path, Path(entry.path), problem
-        folders += reversed(inner)
 
 
 def _target(root: Path, key: str) -> Path:

@@ -49,3 +49,7 @@ class MissingChunkError(DicomRedisError, LookupError):
 
 class DamagedError(DicomRedisError, ValueError):
     """A chunk or a document is not what was stored."""
+
+
+class WorkerError(DicomRedisError, RuntimeError):
+    """No process can be started to decode pixels in."""

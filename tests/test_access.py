@@ -278,12 +278,12 @@ class Contested(DicomStore):
 
     lost = False
 
-    def _send(self, layout, file):
-        sent = super()._send(layout, file)
+    def _send(self, layout, file, sent):
+        digests = super()._send(layout, file, sent)
         if not self.lost:
             self.lost = True
             self._client.unlink(layout.lease)
-        return sent
+        return digests
 
 
 def whole_run(client, folder, out):

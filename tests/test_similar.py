@@ -269,7 +269,7 @@ def test_it_is_the_exact_nearest(store):
 def test_what_has_no_pixels_says_so(store, client):
     """Without pixels, or with descriptors turned off, similar says why; search goes on."""
     store.put("none", dicom(Modality="CT"))
-    DicomStore(client, progress=False).put("off", grey(ramp()))
+    DicomStore(client, progress=False, descriptors=False).put("off", grey(ramp()))
     store.put("image", grey(ramp()))
     for name in ("none", "off"):
         with pytest.raises(NoDescriptorError, match=f"file:{name} .*no pixels"):

@@ -21,6 +21,7 @@ from samples import PREAMBLE, dicom, element, sha256_of
 
 import dicom_helpers
 import layout
+import loading
 from dicom_helpers import DicomStore, connect
 from errors import (
     AnotherImageError,
@@ -177,11 +178,12 @@ def test_a_file_that_is_gone_when_its_turn_comes(store, tmp_path, monkeypatch):
     for name in ("a.dcm", "b.dcm"):
         (tmp_path / name).write_bytes(dicom())
 
-    def vanishing(items, label, unit):
+    def vanishing(*arguments, **options):
         (tmp_path / "a.dcm").unlink()
-        return items
+        return load(*arguments, **options)
 
-    monkeypatch.setattr(store, "_bar", vanishing)
+    load = store._load
+    monkeypatch.setattr(store, "_load", vanishing)
     rows = store.load(tmp_path).set_index("path")
     assert list(rows["status"]) == ["skipped", "loaded"]
     assert rows["reason"]["a.dcm"] == "No such file or directory" and rows["size"]["a.dcm"] == 0
@@ -309,11 +311,11 @@ class WithHook(DicomStore):
 
     hook = None
 
-    def _send(self, layout, file):
-        sent = super()._send(layout, file)
+    def _send(self, layout, file, sent):
+        digests = super()._send(layout, file, sent)
         if self.hook:
             self.hook(layout)
-        return sent
+        return digests
 
 
 @pytest.mark.parametrize("change", ["grown", "cut", "rewritten"])
@@ -321,12 +323,13 @@ def test_a_file_that_changes_while_it_is_read_is_not_stored(client, tmp_path, mo
     """A large file that changes under the load is skipped with that reason, leaving nothing."""
     monkeypatch.setattr(dicom_helpers, "BATCH_BYTES", 4000)
     monkeypatch.setattr(layout, "BATCH_BYTES", 4000)
+    monkeypatch.setattr(loading, "BATCH_BYTES", 4000)
     path = tmp_path / "a.dcm"
     path.write_bytes(dicom(pixels=bytes(50_000)))
     os.utime(path, (1, 1))
 
     class Disturbed(DicomStore):
-        def _send(self, layout, file):
+        def _send(self, layout, file, sent):
             if change == "grown":
                 with path.open("ab") as other:
                     other.write(b"more")
@@ -336,7 +339,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_stored(client, tmp_path, mo
                 with path.open("r+b") as other:
                     other.seek(30_000)
                     other.write(b"other")
-            return super()._send(layout, file)
+            return super()._send(layout, file, sent)
 
     store = Disturbed(client, chunk_size=1000, progress=False)
     row = row_of(store.load(tmp_path), "a.dcm")
@@ -698,7 +701,7 @@ def test_the_lease_lasts_as_long_as_the_load(client):
 
 
 def test_the_lease_is_renewed(client, monkeypatch):
-    """A load that takes longer than a lease keeps it."""
+    """A load that takes longer than a lease keeps it, also after a time without any load."""
     monkeypatch.setattr(dicom_helpers, "LEASE_MS", 300)
     store, versions = WithHook(client, progress=False), []
 
@@ -710,6 +713,9 @@ def test_the_lease_is_renewed(client, monkeypatch):
             assert before > 0
             renewals += any(client.pttl(layout.lease) > before for _ in range(50))
 
+    store.put("idle", dicom())
+    while any(thread.name == "leases" for thread in threading.enumerate()):
+        threading.Event().wait(0.01)
     store.hook = linger
     store.put("a", dicom())
     assert len(versions) == 1 and document_of(client, "file:a")["version"] == versions[0]
@@ -744,12 +750,13 @@ def test_a_lease_that_never_lasts_ends_the_load(client):
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_the_loser_of_a_race_cleans_up(client, same):
+def test_the_loser_of_a_race_cleans_up(client, tmp_path, same):
     """Another loader commits first: the same bytes stay as they are, others are replaced."""
     first, second = dicom(Rows=1), dicom(Rows=1 if same else 2)
     other, store = DicomStore(client, progress=False), WithHook(client, progress=False)
     store.hook = lambda layout: other.put("a", first)
-    row = store._store("a", io.BytesIO(second), len(second), replace=False)
+    (tmp_path / "a").write_bytes(second)
+    row = row_of(store.load(tmp_path), "a")
     assert row["status"] == ("unchanged" if same else "replaced")
     assert store.read("a") == second
     assert_no_orphans(client)
@@ -913,7 +920,7 @@ def test_an_interrupt_while_sending_leaves_nothing(client, monkeypatch):
     sent_when_interrupted = []
 
     class Interrupted(DicomStore):
-        def _send(self, layout, file):
+        def _send(self, layout, file, sent):
             class File(io.BytesIO):
                 def readinto(self, view):
                     if self.tell() > 15_000:
@@ -921,7 +928,7 @@ def test_an_interrupt_while_sending_leaves_nothing(client, monkeypatch):
                         raise KeyboardInterrupt
                     return super().readinto(view)
 
-            return super()._send(layout, File(file.getvalue()))
+            return super()._send(layout, File(file.getvalue()), sent)
 
     with pytest.raises(KeyboardInterrupt):
         Interrupted(client, chunk_size=1000, progress=False).put("a", new)

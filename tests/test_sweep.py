@@ -66,10 +66,10 @@ def test_a_load_under_way_is_left_alone(small, client, short_lease, monkeypatch)
     """While a loader renews its lease, a sweep leaves its chunks, and the load succeeds."""
     image, send, reports = dicom(pixels=bytes(5000)), DicomStore._send, []
 
-    def swept_meanwhile(self, layout, file):
-        sent = send(self, layout, file)
+    def swept_meanwhile(self, layout, file, sent):
+        digests = send(self, layout, file, sent)
         reports.append(small.sweep())
-        return sent
+        return digests
 
     with monkeypatch.context() as patched:
         patched.setattr(DicomStore, "_send", swept_meanwhile)
@@ -90,12 +90,12 @@ def test_a_load_that_is_swept_starts_again(small, client, monkeypatch):
     """A loader that stalls for longer than its lease and is swept stores the file all the same."""
     image, send, swept = dicom(pixels=bytes(5000)), DicomStore._send, []
 
-    def stall_once(self, layout, file):
-        sent = send(self, layout, file)
+    def stall_once(self, layout, file, sent):
+        digests = send(self, layout, file, sent)
         if not swept:
             client.delete(layout.lease)
             swept.append(small.sweep()["chunks"].sum())
-        return sent
+        return digests
 
     with monkeypatch.context() as patched:
         patched.setattr(DicomStore, "_send", stall_once)

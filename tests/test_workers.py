@@ -1,0 +1,282 @@
+"""Describing files in worker processes: on all cores, whatever a file does to one of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import PYDICOM_DATA, PYDICOM_FILES
+from samples import dicom
+
+import descriptor
+import dicom_helpers
+import documents
+import workers
+from dicom_helpers import DicomStore
+from errors import WorkerError
+
+
+def described(files, *, pixels):
+    """Return what files are, by item, and see that each is answered once."""
+    answers = list(workers.describe_all(files.items(), len(files), pixels))
+    assert len(answers) == len(files)
+    return dict(answers)
+
+
+def processes():
+    """Return the workers of this process that live."""
+    living = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if workers.__file__ in child.cmdline():
+                living.append(child)
+    return living
+
+
+def busy_jpeg2000():
+    """Return 800 bytes that keep the JPEG 2000 decoder busy for more than a minute."""
+    return (PYDICOM_FILES / "GDCMJ2K_TextGBR.dcm").read_bytes()[:800]
+
+
+def endless_jpeg_ls():
+    """Return a file that keeps the JPEG-LS decoder busy for more than a minute."""
+    content = bytearray((PYDICOM_FILES / "JPEGLSNearLossless_16.dcm").read_bytes())
+    content[587:591] = b"\xff\xff\xff\xff"
+    return bytes(content)
+
+
+def greedy_jpeg():
+    """Return a file whose decoder asks for more memory than a worker may have."""
+    content = bytearray((PYDICOM_FILES / "SC_jpeg_no_color_transform.dcm").read_bytes())
+    content[733:737] = b"\xff\xff\xff\xff"
+    return bytes(content)
+
+
+@pytest.mark.parametrize("pixels", [False, True])
+def test_the_answers_are_those_of_one_process(pixels):
+    """Every file of the corpus is described as it would be in this process."""
+    files = {path: path for path in sorted(PYDICOM_DATA.rglob("*")) if path.is_file()}
+    for path, answer in described(files, pixels=pixels).items():
+        with path.open("rb") as file:
+            members = documents.describe(file)
+            seen = descriptor.of_file(file, members) if pixels and members else None
+        modified = path.stat().st_mtime_ns
+        assert answer == workers.Description(members, seen, modified, False), path
+
+
+def test_few_headers_are_read_here():
+    """Without pixels, no process is started for few files."""
+    before = processes()
+    files = {number: dicom(Rows=number) for number in range(1, workers.WORTH_WORKERS)}
+    answers = described(files, pixels=False)
+    assert {number: answer.members["rows"] for number, answer in answers.items()} == {
+        number: number for number in files
+    }
+    assert processes() == before
+
+
+@pytest.mark.parametrize("hostile", [busy_jpeg2000, endless_jpeg_ls, greedy_jpeg])
+def test_a_hostile_file_costs_its_own_pixels_alone(tmp_path, hostile):
+    """It is described by its header, and says so; those before and behind it are not touched."""
+    good = {f"good {number}": PYDICOM_FILES / "JPEG2000.dcm" for number in range(40)}
+    (tmp_path / "hostile").write_bytes(hostile())
+    files = dict(list(good.items())[:20]) | {"hostile": tmp_path / "hostile"} | good
+    answers = described(files, pixels=True)
+    bad = answers.pop("hostile")
+    assert bad.given_up and bad.descriptor is None and bad.members["rows"]
+    assert all(one.descriptor and not one.given_up for one in answers.values())
+
+
+def test_a_worker_that_earlier_files_have_harmed(monkeypatch):
+    """A file at which a used worker ends without a cause of its own is tried in a fresh one."""
+    image = (PYDICOM_FILES / "MR_small.dcm").read_bytes()
+
+    def waiting():
+        for number in range(100):
+            yield number, image
+
+    answers = {}
+    for number, answer in workers.describe_all(waiting(), 100, True):
+        answers[number] = answer
+        if number == 30:
+            for worker in processes():
+                worker.kill()
+    assert sorted(answers) == list(range(100))
+    assert all(answer.descriptor and not answer.given_up for answer in answers.values())
+
+
+def test_memory_is_limited():
+    """A worker does not take what this process would have to give: here, a content too large."""
+    content = bytes(workers.MEMORY_LIMIT + 1024**2)
+    assert isinstance(described({"a": content}, pixels=True)["a"], OSError)
+
+
+def test_idle_workers_that_were_killed_are_replaced():
+    """The next who needs workers gets living ones."""
+    described({"a": PYDICOM_FILES / "MR_small.dcm"}, pixels=True)
+    idle = workers._idle[os.getpid()]
+    for worker in idle:
+        worker.process.kill()
+        worker._listener.join()
+    assert described({"a": PYDICOM_FILES / "MR_small.dcm"}, pixels=True)["a"].descriptor
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    """The answer for a file that is gone is the system's error, and the others come."""
+    for pixels in (False, True):
+        files = {"gone": tmp_path / "gone", "there": PYDICOM_FILES / "MR_small.dcm"}
+        answers = described(files, pixels=pixels)
+        assert isinstance(answers["gone"], FileNotFoundError)
+        assert answers["there"].members["modality"] == "MR"
+
+
+def test_relative_paths_are_those_of_this_process(tmp_path, monkeypatch):
+    """A worker that was started elsewhere finds the files of a changed working folder."""
+    described({"a": PYDICOM_FILES / "MR_small.dcm"}, pixels=True)
+    (tmp_path / "odd \udcff\n.dcm").write_bytes((PYDICOM_FILES / "CT_small.dcm").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    answer = described({"a": Path("odd \udcff\n.dcm")}, pixels=True)["a"]
+    assert answer.members["modality"] == "CT" and answer.descriptor
+
+
+def test_no_process_can_be_started(monkeypatch, tmp_path):
+    """Pixels are then refused in a sentence; headers are read without."""
+    for executable in (tmp_path / "missing", "/bin/false"):
+        monkeypatch.setattr(workers, "_idle", {})
+        monkeypatch.setattr(sys, "executable", os.fspath(executable))
+        with pytest.raises(WorkerError, match="descriptors=False"):
+            described({"a": dicom()}, pixels=True)
+        answers = described({number: dicom() for number in range(100)}, pixels=False)
+        assert all(answer.members for answer in answers.values())
+
+
+def test_who_stops_asking_leaves_no_busy_worker():
+    """Work that nobody waits for any longer ends."""
+    files = {number: busy_jpeg2000() for number in range(6)}
+    answers = workers.describe_all(files.items(), 6, True)
+    next(answers)
+    answers.close()
+    idle = workers._idle[os.getpid()]
+    assert not any(worker.asked for worker in idle)
+    assert {each.pid for each in processes()} == {worker.process.pid for worker in idle}
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM, None])
+def test_workers_end_with_their_process(request, ending):
+    """Also when it is killed, and without a word on standard error when it just ends."""
+    code = (
+        "import psutil, workers\n"
+        "print(list(workers.describe_all([(1, b'')], 1, True)))\n"
+        "print(*[child.pid for child in psutil.Process().children()], flush=True)\n"
+        "input()\n"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-X", "dev", "-c", code],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=request.config.rootpath,
+    )  # fmt: skip
+    with owner:
+        owner.stdout.readline()
+        children = [psutil.Process(int(pid)) for pid in owner.stdout.readline().split()]
+        assert children
+        if ending:
+            owner.send_signal(ending)
+        _, errors = owner.communicate("\n")
+    gone, alive = psutil.wait_procs(children, timeout=10)
+    assert gone and not alive
+    assert ending or not errors, errors
+
+
+# --- loading with them ---------------------------------------------------------------------------
+
+
+def test_a_hostile_file_is_loaded_all_the_same(store, tmp_path):
+    """Its bytes are stored, the report says what it lacks, and the load goes on."""
+    (tmp_path / "a.dcm").write_bytes(greedy_jpeg())
+    (tmp_path / "b.dcm").write_bytes((PYDICOM_FILES / "MR_small.dcm").read_bytes())
+    rows = store.load(tmp_path).set_index("path")
+    assert list(rows["status"]) == ["loaded", "loaded"]
+    assert "too much" in rows["reason"]["a.dcm"] and rows["reason"]["b.dcm"] == ""
+    assert store.read("a.dcm") == greedy_jpeg()
+    assert store.similar("b.dcm", 5).empty
+
+
+def test_an_interrupted_load_goes_on_where_it_stopped(store, client, tmp_path, monkeypatch):
+    """What was stored before is not sent again, nor its header read; the rest is."""
+    for number in range(20):
+        (tmp_path / f"{number:02}").write_bytes(dicom(Rows=number))
+    commit, committed = DicomStore._commit, []
+
+    def interrupted(self, *arguments):
+        if len(committed) == 8:
+            raise KeyboardInterrupt
+        committed.append(commit(self, *arguments))
+        return committed[-1]
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(DicomStore, "_commit", interrupted)
+        store.load(tmp_path)
+    plain = DicomStore(client, progress=False, descriptors=False)
+    client.config_resetstat()
+    describe, read = documents.describe, []
+    monkeypatch.setattr(documents, "describe", lambda file: read.append(file) or describe(file))
+    report = plain.load(tmp_path)
+    assert report["status"].value_counts().to_dict() == {"loaded": 12, "unchanged": 8}
+    assert len(read) == 12
+    assert client.info("commandstats")["cmdstat_json.set"]["calls"] == 12
+    assert plain.verify()["status"].eq("ok").all() and len(plain.sweep()) == 0
+
+
+def test_what_was_stored_without_a_descriptor_gets_it(client, store, tmp_path, monkeypatch):
+    """Loaded again with descriptors, a file is unchanged and can be compared; once is enough."""
+    for name in ("MR_small.dcm", "CT_small.dcm", "rtplan.dcm"):
+        (tmp_path / name).write_bytes((PYDICOM_FILES / name).read_bytes())
+    without = DicomStore(client, progress=False, descriptors=False)
+    without.load(tmp_path)
+    versions = [without.layout(name).version for name in os.listdir(tmp_path)]
+    assert list(store.load(tmp_path)["status"]) == ["unchanged"] * 3
+    assert list(store.similar("MR_small.dcm")["path"]) == ["CT_small.dcm"]
+    assert [store.layout(name).version for name in os.listdir(tmp_path)] == versions
+    asked = []
+
+    def describe_all(files, *arguments):
+        asked.extend(files)
+        return workers.describe_all(iter(asked), *arguments)
+
+    monkeypatch.setattr(dicom_helpers, "describe_all", describe_all)
+    assert list(store.load(tmp_path)["status"]) == ["unchanged"] * 3
+    assert asked == []
+
+
+def test_a_descriptor_never_reaches_another_version(client, store, tmp_path, monkeypatch):
+    """A file that is replaced before its descriptor is added keeps that of its own."""
+    first, second = (PYDICOM_FILES / name for name in ("MR_small.dcm", "CT_small.dcm"))
+    (tmp_path / "a").write_bytes(first.read_bytes())
+    without = DicomStore(client, progress=False, descriptors=False)
+    without.load(tmp_path)
+    add = DicomStore._add_descriptor
+
+    def replaced_meanwhile(self, *arguments):
+        without.put("a", second.read_bytes(), replace=True)
+        add(self, *arguments)
+
+    monkeypatch.setattr(DicomStore, "_add_descriptor", replaced_meanwhile)
+    store.load(tmp_path)
+    assert "descriptor" not in (store._members("file:a", ("descriptor", "size")) or {})
+    assert store.read("a") == second.read_bytes()
+
+
+def test_progress_in_files_and_bytes(client, tmp_path, capsys):
+    """The bar ends at all files and all bytes, skipped and unchanged ones among them."""
+    (tmp_path / "a.dcm").write_bytes(dicom(pixels=bytes(3_000_000)))
+    (tmp_path / "b.txt").write_bytes(bytes(1024 * 1024))
+    for _ in range(2):
+        DicomStore(client).load(tmp_path)
+        last = capsys.readouterr().out.rstrip().rsplit("\r", 1)[-1]
+        assert "100%" in last and "3.86M/3.86M" in last and "2 of 2 files" in last
