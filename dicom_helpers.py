@@ -339,7 +339,9 @@ class DicomStore:
         )
 
     def _with_keys(self, command: str, keys: Sequence[str]) -> list[Any]:
-        """Send a command that takes many keys; return its replies, from one pipeline."""
+        """Send a command that takes many keys; return its replies, from one round trip."""
+        if isinstance(self._client, redis.Redis) and len(keys) <= KEYS_PER_COMMAND:
+            return [self._client.execute_command(command, *keys)]
         with self._client.pipeline(transaction=False) as pipe:
             self._queue(pipe, command, keys)
             return pipe.execute()

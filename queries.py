@@ -347,18 +347,17 @@ def _period(name: str, value: Any) -> tuple[int, int]:
     try:
         if parts is None:
             raise ValueError
-        year, month, day = (None if part is None else int(part) for part in parts.groups())
-        first = date(year or 0, month or 1, day or 1)
+        year, month, day = (int(part or 0) for part in parts.groups())
+        last_month = month or 12
+        last_day = day or calendar.monthrange(year, last_month)[1]
+        date(year, last_month, last_day)
     except ValueError:
         raise ValueError(
             f"{name}: write a date as 20190131 or 2019-01-31, a month as 2019-01 or a year as "
             f"2019, not {value!r}."
         ) from None
-    last_month = month or 12
-    last = first.replace(
-        month=last_month, day=day or calendar.monthrange(first.year, last_month)[1]
-    )
-    return int(f"{first:%Y%m%d}"), int(f"{last:%Y%m%d}")
+    first = year * 10_000 + (month or 1) * 100 + (day or 1)
+    return first, year * 10_000 + last_month * 100 + last_day
 
 
 # --- answers -------------------------------------------------------------------------------------
