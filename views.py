@@ -173,8 +173,8 @@ def gallery(store: DicomStore, names: Sequence[str], *, columns: int = 5) -> Fig
 def one_of_each_kind(store: DicomStore, *, most: int = 15) -> list[str]:
     """Return the paths of images that differ in modality or transfer syntax, one of each kind.
 
-    The largest of each kind; first one of each modality, then a second, and so on. What cannot be
-    decoded is passed over: some files are damaged on purpose.
+    Of each kind the one with the most rows; first one of each modality, then a second, and so on.
+    What cannot be decoded is passed over: some files are damaged on purpose.
     """
     images = store.find(columns=("modality", "transferSyntaxUID", "rows"))
     images = images[images["rows"].notna()].sort_values("rows", ascending=False, kind="stable")
@@ -379,8 +379,8 @@ def cache_figure(reads: pd.DataFrame, title: str) -> Figure:
 def latency_by_size(times: pd.DataFrame) -> Figure:
     """Return a figure of times (ms, one column a way to read) against file size (bytes, index)."""
     figure, axes = plt.subplots(figsize=(WIDTH_INCHES, 3.8), layout="constrained")
-    most = times.iloc[:, 0].max()
-    title = f"{times.columns[0]}: at most {most:.1f} ms, however large the file is"
+    most = np.ceil(times.iloc[:, 0].max() * 10) / 10
+    title = f"{times.columns[0]}: at most {most:.1f} ms in files of any of these sizes"
     styles = zip(times.columns, (BLUE, "#8a929b"), ("o-", "s--"), strict=False)
     for name, color, style in styles:
         axes.plot(times.index / 2**20, times[name], style, color=color, label=name)
