@@ -142,10 +142,10 @@ def aspect(dataset: Dataset) -> float:
 
 
 def caption(dataset: Dataset) -> str:
-    """Return modality, size, frames and transfer syntax in one line; nothing about the patient."""
+    """Return modality, size, frames and transfer syntax in two lines; nothing about the patient."""
     size = f"{dataset.get('Rows', '?')} × {dataset.get('Columns', '?')}"
     frames = int(dataset.get("NumberOfFrames") or 1)
-    many = f" × {frames} frames" if frames > 1 else ""
-    name = dataset.file_meta.TransferSyntaxUID.name
-    syntax = name.replace(" Image Compression", "").split(",")[0].split(" (")[0]
+    many = f", {frames} frames" if frames > 1 else ""
+    name = dataset.file_meta.TransferSyntaxUID.name.replace(" Image Compression", "")
+    syntax = name.replace("(Lossless Only)", "Lossless").split(",")[0].split(" (")[0]
     return f"{dataset.get('Modality', '?')}, {size}{many}\n{syntax}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,6 +20,8 @@ import redis
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator, NullFormatter
+from pandas.io.formats.style import Styler
 from PIL.Image import Image
 from pydicom.dataset import Dataset
 from pydicom.pixels import pixel_array
@@ -27,7 +31,10 @@ from dicom_helpers import DicomStore
 
 #: Legible on white and on dark pages alike, and in greyscale.
 BLUE = "#2a6fbb"
+#: What a notebook shows unshrunk in a window of 1280 pixels, and nearly so in one of 1024.
 WIDTH_INCHES = 9.0
+#: Under an image a fifth of that wide, at CAPTION_SIZE.
+CAPTION_CHARACTERS, CAPTION_SIZE = 26, 8
 
 Result = TypeVar("Result")
 
@@ -80,7 +87,15 @@ def document_text(client: redis.Redis, key: str, *, most: int = 4) -> str:
     document["header"] = dict(list(header.items())[:most])
     document["header"] = document.pop("header")  # the longest last
     text = json.dumps(document, indent=2, ensure_ascii=False)
+    # A list of plain values takes one line; no string has a line break of its own in JSON.
+    plain_list = r"\[\n *([^][{}]*)\n *\]"
+    text = re.sub(plain_list, lambda found: "[" + re.sub(r"\n *", " ", found[1]) + "]", text)
     return text.replace("\n  }\n}", f",\n    … {len(header) - most} more\n  }}\n}}")
+
+
+def table(frame: pd.DataFrame) -> Styler:
+    """Return a table to show as it is: nothing shortened, thousands set apart, rows unnumbered."""
+    return frame.style.format(thousands=",").hide(axis="index")
 
 
 def hex_dump(data: bytes, start: int, length: int) -> str:
@@ -97,7 +112,10 @@ def draw_image(axes: Axes, dataset: Dataset, *, frame: int = 0, title: str | Non
     """Draw one frame into `axes`: windowed, in its pixels' aspect, captioned."""
     image = pixels.render(dataset, frame)
     axes.imshow(image, cmap="gray", vmin=0, vmax=255, aspect=pixels.aspect(dataset))
-    axes.set_title(pixels.caption(dataset) if title is None else title, fontsize=8)
+    lines = (pixels.caption(dataset) if title is None else title).splitlines()
+    wrapped = [textwrap.fill(line, CAPTION_CHARACTERS) for line in lines]
+    axes.set_title("\n".join(wrapped), fontsize=CAPTION_SIZE)
+    axes.set_anchor("N")  # captions in a row stand at one height
     axes.set_axis_off()
 
 
@@ -122,7 +140,7 @@ def show_image(image: bytes, *, frame: int = 0, title: str | None = None) -> Fig
     return _finished(figure)
 
 
-def gallery(store: DicomStore, names: Sequence[str], *, columns: int = 6) -> Figure:
+def gallery(store: DicomStore, names: Sequence[str], *, columns: int = 5) -> Figure:
     """Return a figure of stored images, each captioned.
 
     Parameters
@@ -141,7 +159,7 @@ def gallery(store: DicomStore, names: Sequence[str], *, columns: int = 6) -> Fig
     figure, grid = plt.subplots(
         rows,
         columns,
-        figsize=(WIDTH_INCHES * 1.3, 2.5 * rows),
+        figsize=(WIDTH_INCHES, 2.4 * rows),
         layout="constrained",
         squeeze=False,
     )
@@ -152,14 +170,14 @@ def gallery(store: DicomStore, names: Sequence[str], *, columns: int = 6) -> Fig
     return _finished(figure)
 
 
-def one_of_each_kind(store: DicomStore, *, most: int = 18) -> list[str]:
+def one_of_each_kind(store: DicomStore, *, most: int = 15) -> list[str]:
     """Return the paths of images that differ in modality or transfer syntax, one of each kind.
 
-    First one of each modality, then a second, and so on. What cannot be decoded is passed over:
-    some files are damaged on purpose.
+    Of each kind the one with the most rows; first one of each modality, then a second, and so on.
+    What cannot be decoded is passed over: some files are damaged on purpose.
     """
     images = store.find(columns=("modality", "transferSyntaxUID", "rows"))
-    images = images[images["rows"].notna()]
+    images = images[images["rows"].notna()].sort_values("rows", ascending=False, kind="stable")
     drawn = images[[_can_be_drawn(store.read(path)) for path in images["path"]]]
     kinds = drawn.groupby(["modality", "transferSyntaxUID"], as_index=False).first()
     kinds["turn"] = kinds.groupby("modality").cumcount()
@@ -196,14 +214,19 @@ def frames_of(store: DicomStore, name: str, numbers: Sequence[int]) -> Figure:
     with store.open(name) as file:
         dataset = store.header(name)
         for number, axes in zip(numbers, row.flat, strict=True):
-            frame = pixel_array(cast(BinaryIO, file), index=number)
-            axes.imshow(frame, cmap="gray", aspect=pixels.aspect(dataset))
+            frame = pixels.render_file(
+                cast(BinaryIO, file),
+                number,
+                dataset.file_meta.TransferSyntaxUID,
+                longest=max(dataset.Rows, dataset.Columns),
+            )
+            axes.imshow(frame, cmap="gray", vmin=0, vmax=255, aspect=pixels.aspect(dataset))
             axes.set_title(f"frame {number}", fontsize=9)
             axes.set_axis_off()
     return _finished(figure)
 
 
-def frame_costs(store: DicomStore, names: Iterable[str]) -> pd.DataFrame:
+def frame_costs(store: DicomStore, names: Iterable[str]) -> Styler:
     """Return what the middle frame of each image costs, against its whole file."""
     rows = []
     for name in names:
@@ -220,7 +243,7 @@ def frame_costs(store: DicomStore, names: Iterable[str]) -> pd.DataFrame:
                     "round trips": file.round_trips,
                 }
             )
-    return pd.DataFrame(rows).sort_values("bytes of the file", ascending=False, ignore_index=True)
+    return table(pd.DataFrame(rows).sort_values("bytes of the file", ascending=False))
 
 
 def slide_size(folder: Path, *, most: int = 1_000_000_000) -> int:
@@ -277,39 +300,37 @@ def slide_views(
     left.set_title(f"{dimensions[0]:,} × {dimensions[1]:,} pixels; the box is enlarged", fontsize=9)
     right.imshow(region)
     right.set_title(f"{region.width} × {region.height} pixels of it at full size", fontsize=9)
-    left.set_axis_off()
-    right.set_axis_off()
+    for axes in (left, right):
+        axes.set_anchor("N")
+        axes.set_axis_off()
     return _finished(figure)
 
 
-def heat_map(table: pd.DataFrame, title: str) -> Figure:
+def heat_map(counts: pd.DataFrame, title: str) -> Figure:
     """Return a heat map of a cross table of counts, each cell with its number."""
     figure, axes = plt.subplots(
-        figsize=(WIDTH_INCHES * 1.2, 1.2 + 0.3 * len(table)), layout="constrained"
+        figsize=(WIDTH_INCHES, 1.2 + 0.3 * len(counts)), layout="constrained"
     )
-    counts = table.to_numpy()
-    axes.imshow(np.log1p(counts), cmap="Blues", aspect="auto")
-    for (row, column), count in np.ndenumerate(counts):
+    shades = np.log1p(counts.to_numpy())
+    axes.imshow(shades, cmap="Blues", aspect="auto")
+    for (row, column), count in np.ndenumerate(counts.to_numpy()):
         if count:
-            color = "white" if np.log1p(count) > 0.6 * np.log1p(counts.max()) else "black"
-            axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=8)
-    axes.set_xticks(range(table.shape[1]), [str(value) for value in table.columns], rotation=60)
-    axes.set_yticks(range(table.shape[0]), [str(value) for value in table.index])
-    axes.set(title=title, xlabel=str(table.columns.name), ylabel=str(table.index.name))
+            color = "white" if shades[row, column] > 0.6 * shades.max() else "black"
+            axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=9)
+    axes.set_xticks(range(counts.shape[1]), [str(value) for value in counts.columns], rotation=60)
+    axes.set_yticks(range(counts.shape[0]), [str(value) for value in counts.index])
+    axes.set(title=title, xlabel=str(counts.columns.name), ylabel=str(counts.index.name))
     return _finished(figure)
 
 
 def nearest(store: DicomStore, name: str, found: pd.DataFrame) -> Figure:
     """Return a figure of an image and those that look like it, with their distances."""
-    figure, row = plt.subplots(
-        1, len(found) + 1, figsize=(WIDTH_INCHES * 1.3, 2.7), layout="constrained"
-    )
-    draw_image(row[0], pixels.read_dataset(store.read(name)), title=f"{name}\n(asked for)")
+    figure, row = plt.subplots(1, len(found) + 1, figsize=(WIDTH_INCHES, 2.5), layout="constrained")
+    title = f"{Path(name).name}\nasked for"
+    draw_image(row[0], pixels.read_dataset(store.read(name)), title=title)
     for hit, axes in zip(found.itertuples(), row[1:], strict=True):
         title = f"{hit.imageName}\ndistance {hit.distance:.1f}"
         draw_image(axes, pixels.read_dataset(store.read(str(hit.key))), title=title)
-        axes.title.set_fontsize(7)
-    row[0].title.set_fontsize(7)
     return _finished(figure)
 
 
@@ -338,25 +359,34 @@ def read_through(cache: DicomStore, names: Sequence[str]) -> pd.DataFrame:
 
 def cache_figure(reads: pd.DataFrame, title: str) -> Figure:
     """Return a figure of a cache at work: its hit ratio as it fills, and what reads took."""
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(WIDTH_INCHES * 1.1, 3.4), layout="constrained"
-    )
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH_INCHES, 3.4), layout="constrained")
     left.plot(reads["hit"].rolling(100, min_periods=20).mean(), color=BLUE)
     left.set(xlabel="reads", ylabel="hits among the last 100 reads", ylim=(0, 1))
     kinds = [reads.loc[reads["hit"], "ms"], reads.loc[~reads["hit"], "ms"]]
-    right.boxplot(kinds, tick_labels=["hit", "miss, refilled"], showfliers=False)
+    names = ["hit", "miss, refilled"]
+    middle = {"color": BLUE, "linewidth": 2}
+    right.boxplot(kinds, tick_labels=names, showfliers=False, widths=0.4, medianprops=middle)
     right.set(ylabel="ms a read", yscale="log")
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_formatter(NullFormatter())
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
     return _finished(figure)
 
 
-def latency_by_size(times: pd.DataFrame, title: str) -> Figure:
+def latency_by_size(times: pd.DataFrame) -> Figure:
     """Return a figure of times (ms, one column a way to read) against file size (bytes, index)."""
     figure, axes = plt.subplots(figsize=(WIDTH_INCHES, 3.8), layout="constrained")
+    most = np.ceil(times.iloc[:, 0].max() * 10) / 10
+    title = f"{times.columns[0]}: at most {most:.1f} ms in files of any of these sizes"
     styles = zip(times.columns, (BLUE, "#8a929b"), ("o-", "s--"), strict=False)
     for name, color, style in styles:
         axes.plot(times.index / 2**20, times[name], style, color=color, label=name)
     axes.set(xscale="log", yscale="log", xlabel="file size, MiB", ylabel="ms", title=title)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -1,11 +1,15 @@
 """The notebook, whole: as committed, and as it runs."""
 
+import json
 import statistics
 from pathlib import Path
 
 import nbformat
 import pytest
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import JPEG2000, JPEG2000Lossless
 
+import pixels
 import run_notebook
 import views
 
@@ -106,3 +110,26 @@ def test_hex_dump_shows_offset_bytes_and_text():
     """A row of the dump reads as hexdump -C writes it, and a short last row keeps its column."""
     dump = views.hex_dump(bytes(126) + b"\x00\x01DICM", 112, 64)
     assert dump.splitlines()[1] == f"00000080  {'44 49 43 4d':47}  DICM"
+
+
+def test_a_document_is_shown_with_its_lists_in_a_line_and_its_texts_as_they_are(client):
+    """Lists of plain values take one line each, and what looks like one in a text stays."""
+    header = {"ImageType": ["DERIVED", "é [ 1 ]"], "Note": "[ a ]", "Sequence": [{"A": [1, 2]}]}
+    document = json.dumps({"tail": [7, 9], "header": {**header, "Last": 1}})
+    client.execute_command("JSON.SET", "file:odd", "$", document)
+    shown = views.document_text(client, "file:odd", most=3)
+    assert '"tail": [7, 9],\n' in shown
+    assert '"Note": "[ a ]"' in shown and "é [ 1 ]" in shown
+    assert '"A": [1, 2]' in shown
+    assert "… 1 more" in shown
+
+
+def test_captions_tell_lossless_from_lossy():
+    """Two transfer syntaxes that differ only in being lossless do not get the same caption."""
+    captions = []
+    for syntax in (JPEG2000Lossless, JPEG2000):
+        dataset = Dataset()
+        dataset.file_meta = FileMetaDataset()
+        dataset.file_meta.TransferSyntaxUID = syntax
+        captions.append(pixels.caption(dataset).splitlines()[1])
+    assert captions == ["JPEG 2000 Lossless", "JPEG 2000"]
