@@ -6,6 +6,7 @@
 # make notebook       run the notebook and keep its outputs in it
 # make bench          a slide in and out beside other methods (5 minutes, 13 GB of memory)
 # make bench-partial  what reading a part takes as files grow (5 minutes, 6 GB of memory)
+# make bench-load     real files in, beside one process with a SET for each chunk (2 minutes)
 # make bench-search   searching among up to 200,000 documents, and the scenarios (5 minutes)
 # make faults         kill, damage and starve the store at length: benchmarks/faults.md
 # make clean          remove what the set-up made
@@ -19,7 +20,7 @@ REDIS := .redis/redis-server
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test check format notebook bench bench-partial bench-search faults clean
+.PHONY: help demo lab test check format notebook bench bench-load bench-partial bench-search faults clean
 
 help:
 	@grep -E '^# make' Makefile | sed 's/^# //'
@@ -50,6 +51,9 @@ format: $(DEV)
 
 bench: $(RUN) $(REDIS)
 	@$(BIN)/python benchmarks/transfer.py
+
+bench-load: $(RUN) $(REDIS)
+	@$(BIN)/python benchmarks/load.py
 
 bench-partial: $(RUN) $(REDIS)
 	@$(BIN)/python benchmarks/partial.py

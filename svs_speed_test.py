@@ -23,7 +23,7 @@ import psutil
 
 import slides
 from chunk_stream import ChunkStream, fresh_buffer, run
-from dicom_helpers import DicomStore, connect
+from dicom_helpers import Client, DicomStore, connect
 from errors import DicomRedisError, NotStoredError
 from layout import BATCH_BYTES, DEFAULT_CHUNK_SIZE, document_key
 from redis_server import RedisServerError
@@ -278,13 +278,16 @@ def draw_grid(speeds: dict[tuple[float, int], float], title: str, target: Path) 
     plt.close(figure)
 
 
+def _store(client: Client, chunk_kb: float) -> DicomStore:
+    chunk_size = round(chunk_kb * KB)
+    return DicomStore(client, chunk_size=chunk_size, progress=False, descriptors=False)
+
+
 def grid(arguments: argparse.Namespace, files: Sequence[Path]) -> None:
     """Measure all cells of the grid on the first of `files` and draw them."""
     file = files[0]
     client = connect(arguments.url)
-    stores = {
-        kb: DicomStore(client, chunk_size=round(kb * KB), progress=False) for kb in GRID_CHUNKS_KB
-    }
+    stores = {kb: _store(client, kb) for kb in GRID_CHUNKS_KB}
     speeds = measure_grid(stores, file, repeat=arguments.repeat, timeout=arguments.timeout)
     (chunk_kb, connections), speed = max(speeds.items(), key=lambda item: item[1])
     size = file.stat().st_size / MB
@@ -296,9 +299,7 @@ def grid(arguments: argparse.Namespace, files: Sequence[Path]) -> None:
 
 def speed_test(arguments: argparse.Namespace, files: Sequence[Path]) -> bool:
     """Measure every slide and print the results; return whether all passed."""
-    store = DicomStore(
-        connect(arguments.url), chunk_size=round(arguments.chunk_size * KB), progress=False
-    )
+    store = _store(connect(arguments.url), arguments.chunk_size)
     results = []
     if not arguments.json:
         print(

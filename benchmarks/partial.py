@@ -13,14 +13,12 @@ import contextlib
 import hashlib
 import io
 import mmap
-import platform
 import shutil
 import sqlite3
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +30,7 @@ import psutil
 import pydicom
 import tifffile
 import tiffslide
+from machine import machine
 from pydicom.pixels import pixel_array
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -306,11 +305,9 @@ def _row(label: str, file: ChunkReader, target: str) -> str:
 def table(results: dict[int, Times], held: list[str], rounds: int) -> str:
     """Return the results as Markdown."""
     lines = [
-        f"{rounds} interleaved rounds ({WHOLE_ROUNDS} of the whole file); {date.today()}, "
-        f"{psutil.cpu_count()} cores of {_processor()}, {psutil.virtual_memory().total // 1024**3} "
-        f"GiB, Python {platform.python_version()}, Redis Stack 7.4.1 on the same machine. Medians "
-        "in ms, with the lowest and the highest; every time includes opening the file. SQLite "
-        "takes no blob of more than 10^9 bytes.",
+        f"{rounds} interleaved rounds ({WHOLE_ROUNDS} of the whole file); {machine()} "
+        "Medians in ms, with the lowest and the highest; every time includes opening the file. "
+        "SQLite takes no blob of more than 10^9 bytes.",
         "",
         "| what | from | " + " | ".join(f"{size} MiB" for size in results) + " |",
         "|---|---|" + "---:|" * len(results),
@@ -327,13 +324,6 @@ def _cell(times: list[float] | None) -> str:
     if not times:
         return "–"
     return f"{statistics.median(times):.1f} ({min(times):.1f} to {max(times):.1f})"
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(": ")[2]
-    return platform.processor()
 
 
 def draw(results: dict[int, Times]) -> None:

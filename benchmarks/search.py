@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import platform
 import random
 import sqlite3
 import statistics
@@ -24,8 +23,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import psutil
 import pydicom
+from machine import machine
 from redis.commands.search.aggregation import AggregateRequest
 from redis.commands.search.query import Query
 from redis.commands.search.reducers import count
@@ -127,7 +126,7 @@ def scale(sizes: tuple[int, ...], rounds: int) -> tuple[Costs, dict[int, float]]
     rates = {}
     with RedisServer() as server:
         client = connect(server.url)
-        store = DicomStore(client, progress=False, descriptors=True)
+        store = DicomStore(client, progress=False)
         store.find()
         stored = 0
         for size in sizes:
@@ -237,7 +236,7 @@ def scenarios(rounds: int) -> tuple[dict[str, dict[str, list[float]]], dict[str,
     root = Path(pydicom.__file__).parent / "data"
     with TemporaryDirectory() as folder, RedisServer() as server:
         client = connect(server.url)
-        store = DicomStore(client, progress=False, descriptors=True)
+        store = DicomStore(client, progress=False)
         store.load(root)
         files: dict[str, tuple[dict[str, Any], bytes]] = {}
         for row in store.find().to_dict("records"):
@@ -298,7 +297,7 @@ def likeness(root: Path) -> str:
     spec = importlib.util.find_spec("data_store")  # the package pydicom-data
     with RedisServer() as server:
         client = connect(server.url)
-        store = DicomStore(client, progress=False, descriptors=True)
+        store = DicomStore(client, progress=False)
         store.load(root)
         if spec is not None and spec.origin is not None:
             store.load(Path(spec.origin).parent / "data", under="pydicom-data")
@@ -344,12 +343,9 @@ def report(
     alike: str,
 ) -> str:
     """Return the results as Markdown."""
-    total = psutil.virtual_memory().total // 1024**3
     sizes = list(rates)
     lines = [
-        f"{date.today()}, {psutil.cpu_count()} cores of {_processor()}, {total} GiB, Python "
-        f"{platform.python_version()}, Redis Stack 7.4.1 on the same machine, not idle otherwise. "
-        "Medians, with the 10th to 90th percentile where there is room.",
+        f"{machine()} Medians, with the 10th to 90th percentile where there is room.",
         "",
         "| ms among so many documents | " + " | ".join(f"{size:,}" for size in sizes) + " |",
         "|---|" + "---:|" * len(sizes),
@@ -383,13 +379,6 @@ def report(
         f"among {first:,}. {alike}",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(": ")[2]
-    return platform.processor()
 
 
 #: What is drawn, with colours that differ in lightness as well.

@@ -9,13 +9,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Coroutine
-from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,6 +22,7 @@ import matplotlib.pyplot as plt
 import psutil
 import redis
 import redis.asyncio
+from machine import machine
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
@@ -61,7 +60,7 @@ class Bench:
         self.file, self.size = file, file.stat().st_size
         self.client: Any = connect(server.url)
         self.stores = {
-            size: DicomStore(self.client, chunk_size=size, progress=False)
+            size: DicomStore(self.client, chunk_size=size, progress=False, descriptors=False)
             for size in (PUBLISHED_CHUNK, DEFAULT_CHUNK_SIZE)
         }
         for size, store in self.stores.items():
@@ -282,11 +281,8 @@ TARGETS = (
 
 def table(seconds: dict[str, list[float]], size: int, rounds: int) -> str:
     """Return the results as Markdown."""
-    memory = psutil.virtual_memory().total // 1024**3
     lines = [
-        f"A slide of {size / MIB:.0f} MiB, {rounds} interleaved rounds; {date.today()}, "
-        f"{psutil.cpu_count()} cores of {_processor()}, {memory} GiB, Python "
-        f"{platform.python_version()}, Redis Stack 7.4.1 on the same machine.",
+        f"A slide of {size / MIB:.0f} MiB, {rounds} interleaved rounds; {machine()}",
         "",
         "| method | median, ms | lowest to highest | MiB/s |",
         "|---|---:|---:|---:|",
@@ -307,13 +303,6 @@ def table(seconds: dict[str, list[float]], size: int, rounds: int) -> str:
             f"{max(ratios):.2f} | {target} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(": ")[2]
-    return platform.processor()
 
 
 def draw(seconds: dict[str, list[float]], size: int) -> None:

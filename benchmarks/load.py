@@ -1,0 +1,186 @@
+"""Loading real DICOM files, beside one process that sends a SET for each 5 KB chunk.
+
+All files of pydicom and pydicom-data go into an empty server by each method in turn, several
+times over. Run it with `make bench-load`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pydicom
+import redis
+from machine import machine
+from pydicom.errors import InvalidDicomError
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import documents  # noqa: E402 - the project is not installed, but run in place
+import workers  # noqa: E402
+from dicom_helpers import DicomStore, connect  # noqa: E402
+from redis_server import RedisServer  # noqa: E402
+
+MIB = 1024 * 1024
+CHUNK = 5 * 1024
+TABLE = PROJECT / "benchmarks" / "load.md"
+PUBLISHED = "published: four fields, a SET per 5 KB chunk"
+ALIKE = "one process: these documents, a SET per 5 KB chunk"
+PLAIN = "this project, without descriptors"
+WHOLE = "this project, with descriptors"
+FIRST = ", first load of a process"
+AGAIN = "this project, all stored already"
+#: Ours, the other, and how many times as fast ours should be.
+TARGETS = (
+    (PLAIN, PUBLISHED, 3),
+    (PLAIN, ALIKE, 3),
+    (WHOLE, PUBLISHED, 1),
+    (WHOLE, ALIKE, 1),
+    (PLAIN + FIRST, PUBLISHED, 3),
+    (WHOLE + FIRST, PUBLISHED, 1),
+)
+
+
+def folders() -> list[Path]:
+    """Return the folders of real files: pydicom's own, and those of the package pydicom-data."""
+    found = importlib.util.find_spec("data_store")
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError("pydicom-data is missing: pip install -r requirements.txt")
+    return [Path(pydicom.__file__).parent / "data", Path(found.origin).parent / "data"]
+
+
+def published(url: str) -> int:
+    """Load as the published method does, with all files that it can read."""
+    client = redis.Redis.from_url(url)
+    count = 0
+    for file in (file for folder in folders() for file in sorted(folder.rglob("*"))):
+        if not file.is_file():
+            continue
+        try:
+            dataset = pydicom.dcmread(file)
+        except InvalidDicomError:
+            continue
+        fields = ("ProtocolName", "PatientSex", "StudyDate", "Manufacturer")
+        members: dict[str, Any] = {name: str(dataset.get(name, "")) for name in fields}
+        members["chunks"] = _chunks(client, file)
+        client.json().set(f"image:{file}", "$", members)
+        count += 1
+    client.close()
+    return count
+
+
+def alike(url: str) -> int:
+    """Store what this project stores, digest included, one chunk and one file after the other."""
+    client = redis.Redis.from_url(url)
+    count = 0
+    for file in (file for folder in folders() for file in sorted(folder.rglob("*"))):
+        if not file.is_file():
+            continue
+        with file.open("rb") as opened:
+            members = documents.describe(opened)
+        if members is None:
+            continue
+        members["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        members["chunks"] = _chunks(client, file)
+        client.execute_command("JSON.SET", f"image:{file}", "$", json.dumps(members))
+        count += 1
+    client.close()
+    return count
+
+
+def _chunks(client: redis.Redis, file: Path) -> list[str]:
+    """Store the chunks of a file; return their keys."""
+    content = file.read_bytes()
+    keys = []
+    for start in range(0, len(content), CHUNK):
+        keys.append(f"piece:{file}:{start // CHUNK}")
+        client.set(keys[-1], content[start : start + CHUNK])
+    return keys
+
+
+def loaded(store: DicomStore) -> int:
+    reports = [store.load(folder, under=f"{n}") for n, folder in enumerate(folders())]
+    return sum(int((report["status"] != "skipped").sum()) for report in reports)
+
+
+def fresh() -> None:
+    """End the worker processes, as if this process had loaded nothing yet."""
+    for worker in workers._idle.pop(os.getpid(), []):
+        worker.end()
+
+
+def measure(rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Return the seconds of each method and how many files it loads."""
+    seconds: dict[str, list[float]] = {}
+    counts: dict[str, int] = {}
+
+    def timed(name: str, work: Callable[[], int]) -> None:
+        start = time.perf_counter()
+        counts[name] = work()
+        seconds.setdefault(name, []).append(time.perf_counter() - start)
+
+    for number in range(rounds):
+        for name, peer in ((PUBLISHED, published), (ALIKE, alike)):
+            with RedisServer() as server:
+                timed(name, lambda peer=peer, url=server.url: peer(url))  # type: ignore[misc]
+        for name, descriptors in ((PLAIN, False), (WHOLE, True)):
+            fresh()
+            for suffix in (FIRST, ""):
+                with RedisServer() as server, connect(server.url) as client:
+                    store = DicomStore(client, progress=False, descriptors=descriptors)
+                    timed(name + suffix, lambda store=store: loaded(store))  # type: ignore[misc]
+                    if descriptors and not suffix:
+                        timed(AGAIN, lambda store=store: loaded(store))  # type: ignore[misc]
+        print(f"round {number + 1} of {rounds}", flush=True)
+    return seconds, counts
+
+
+def table(seconds: dict[str, list[float]], counts: dict[str, int]) -> str:
+    """Return the results as Markdown."""
+    files = [file for folder in folders() for file in folder.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files) / MIB
+    rounds = len(seconds[PUBLISHED])
+    lines = [
+        f"{len(files)} files of {size:.0f} MiB, {rounds} interleaved rounds; {machine()}",
+        "",
+        "| method | files stored | median, ms | lowest to highest |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, times in seconds.items():
+        low, median, high = (1000 * x for x in (min(times), statistics.median(times), max(times)))
+        lines.append(f"| {name} | {counts[name]} | {median:.0f} | {low:.0f} to {high:.0f} |")
+    lines += ["", "| ratio of speeds, round by round | median | lowest to highest | target |"]
+    lines += ["|---|---:|---:|---:|"]
+    for ours, theirs, target in TARGETS:
+        ratios = [b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True)]
+        lines.append(
+            f"| {ours}, to {theirs.partition(':')[0]} | {statistics.median(ratios):.2f} | "
+            f"{min(ratios):.2f} to {max(ratios):.2f} | {target} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9, help="rounds (default: 9)")
+    arguments = parser.parse_args(argv)
+    if arguments.rounds < 1:
+        print("--rounds is at least 1.", file=sys.stderr)
+        return 2
+    TABLE.write_text(table(*measure(arguments.rounds)))
+    print(f"\n{TABLE.read_text()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
