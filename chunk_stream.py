@@ -719,7 +719,7 @@ def fresh_buffer(size: int) -> memoryview:
     memory = mmap.mmap(-1, size)
     with contextlib.suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
-    threading.Thread(target=_populate, args=(memory,), daemon=True).start()
+    threading.Thread(target=_populate, args=(memory,), name="populate", daemon=True).start()
     return memoryview(memory)
 
 

@@ -9,6 +9,7 @@ import statistics
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
@@ -21,7 +22,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter
-from pandas.io.formats.style import Styler
 from PIL.Image import Image
 from pydicom.dataset import Dataset
 from pydicom.pixels import pixel_array
@@ -93,9 +93,18 @@ def document_text(client: redis.Redis, key: str, *, most: int = 4) -> str:
     return text.replace("\n  }\n}", f",\n    … {len(header) - most} more\n  }}\n}}")
 
 
-def table(frame: pd.DataFrame) -> Styler:
-    """Return a table to show as it is: nothing shortened, thousands set apart, rows unnumbered."""
-    return frame.style.format(thousands=",").hide(axis="index")
+class Table:
+    """A table to show as it is: nothing shortened, thousands set apart, rows unnumbered."""
+
+    def __init__(self, frame: pd.DataFrame) -> None:
+        self._cells = frame.map(lambda cell: f"{cell:,}" if isinstance(cell, Integral) else cell)
+
+    def __repr__(self) -> str:
+        return self._cells.to_string(index=False)
+
+    def _repr_html_(self) -> str:
+        with pd.option_context("display.max_colwidth", None):
+            return self._cells.to_html(index=False, border=0)
 
 
 def hex_dump(data: bytes, start: int, length: int) -> str:
@@ -226,7 +235,7 @@ def frames_of(store: DicomStore, name: str, numbers: Sequence[int]) -> Figure:
     return _finished(figure)
 
 
-def frame_costs(store: DicomStore, names: Iterable[str]) -> Styler:
+def frame_costs(store: DicomStore, names: Iterable[str]) -> Table:
     """Return what the middle frame of each image costs, against its whole file."""
     rows = []
     for name in names:
@@ -243,7 +252,7 @@ def frame_costs(store: DicomStore, names: Iterable[str]) -> Styler:
                     "round trips": file.round_trips,
                 }
             )
-    return table(pd.DataFrame(rows).sort_values("bytes of the file", ascending=False))
+    return Table(pd.DataFrame(rows).sort_values("bytes of the file", ascending=False))
 
 
 def slide_size(folder: Path, *, most: int = 1_000_000_000) -> int:

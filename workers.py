@@ -196,8 +196,9 @@ class _Worker:
         assert self.process.stdout is not None
         self.ready = bool(self.process.stdout.readline())
         for line in self.process.stdout:
-            self.answers.put((self, line))
-        self.ended = True  # before it is said: whoever lends the worker looks at it the other way
+            if line.endswith(b"\n"):  # not of a worker that was killed in the middle of it
+                self.answers.put((self, line))
+        self.ended = True  # and then say so: _team looks at it after it has set `answers`
         self.answers.put((self, b""))
 
     def has_failed_at_the_first(self) -> bool:

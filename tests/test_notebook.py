@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import JPEG2000, JPEG2000Lossless
@@ -133,3 +134,10 @@ def test_captions_tell_lossless_from_lossy():
         dataset.file_meta.TransferSyntaxUID = syntax
         captions.append(pixels.caption(dataset).splitlines()[1])
     assert captions == ["JPEG 2000 Lossless", "JPEG 2000"]
+
+
+def test_a_table_shows_all_of_every_cell():
+    """Long text is not shortened, numbers have their thousands set apart, also without HTML."""
+    frame = pd.DataFrame({"reason": ["x" * 200], "size": [1234567], "missing": [None]})
+    for text in (views.Table(frame)._repr_html_(), repr(views.Table(frame))):
+        assert "x" * 200 in text and "1,234,567" in text and "size" in text
