@@ -1461,8 +1461,8 @@ class DicomStore:
             own_key, members = self._lookup(image, (DESCRIPTOR,))
             if DESCRIPTOR not in members:
                 raise NoDescriptorError(
-                    f"{shown_path(own_key)} cannot be compared: it has no pixels, or was not "
-                    "loaded with descriptors=True, or could not be decoded then."
+                    f"{shown_path(own_key)} cannot be compared: it has no pixels, or was loaded "
+                    "with descriptors=False (load it again without), or could not be decoded."
                 )
             wanted = members[DESCRIPTOR]
         else:
