@@ -59,13 +59,17 @@ def folders() -> list[Path]:
     return [Path(pydicom.__file__).parent / "data", Path(found.origin).parent / "data"]
 
 
+def real_files() -> list[Path]:
+    """Return all files of those folders."""
+    found = [file for folder in folders() for file in sorted(folder.rglob("*"))]
+    return [file for file in found if file.is_file()]
+
+
 def published(url: str) -> int:
     """Load as the published method does, with all files that it can read."""
     client = redis.Redis.from_url(url)
     count = 0
-    for file in (file for folder in folders() for file in sorted(folder.rglob("*"))):
-        if not file.is_file():
-            continue
+    for file in real_files():
         try:
             dataset = pydicom.dcmread(file)
         except InvalidDicomError:
@@ -83,9 +87,7 @@ def alike(url: str) -> int:
     """Store what this project stores, digest included, one chunk and one file after the other."""
     client = redis.Redis.from_url(url)
     count = 0
-    for file in (file for folder in folders() for file in sorted(folder.rglob("*"))):
-        if not file.is_file():
-            continue
+    for file in real_files():
         with file.open("rb") as opened:
             members = documents.describe(opened)
         if members is None:
@@ -147,7 +149,7 @@ def measure(rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
 
 def table(seconds: dict[str, list[float]], counts: dict[str, int]) -> str:
     """Return the results as Markdown."""
-    files = [file for folder in folders() for file in folder.rglob("*") if file.is_file()]
+    files = real_files()
     size = sum(file.stat().st_size for file in files) / MIB
     rounds = len(seconds[PUBLISHED])
     lines = [
