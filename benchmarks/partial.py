@@ -30,8 +30,8 @@ import psutil
 import pydicom
 import tifffile
 import tiffslide
-from machine import machine
 from pydicom.pixels import pixel_array
+from reporting import machine
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))

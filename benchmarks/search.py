@@ -24,10 +24,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import pydicom
-from machine import machine
 from redis.commands.search.aggregation import AggregateRequest
 from redis.commands.search.query import Query
 from redis.commands.search.reducers import count
+from reporting import machine
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))

@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 import psutil
 import redis
 import redis.asyncio
-from machine import machine
+from reporting import machine, ratios
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
@@ -294,14 +294,7 @@ def table(seconds: dict[str, list[float]], size: int, rounds: int) -> str:
             f"| {name} | {median * 1000:.0f} | {low * 1000:.0f} to {high * 1000:.0f} | "
             f"{moved / MIB / median:.0f} |"
         )
-    lines += ["", "| ratio of speeds, round by round | median | lowest to highest | target |"]
-    lines += ["|---|---:|---:|---:|"]
-    for ours, theirs, target in TARGETS:
-        ratios = [b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True)]
-        lines.append(
-            f"| {ours}, to {theirs} | {statistics.median(ratios):.2f} | {min(ratios):.2f} to "
-            f"{max(ratios):.2f} | {target} |"
-        )
+    lines += ["", *ratios(seconds, TARGETS)]
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,42 @@
+"""What the benchmarks' tables have in common."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+
+import psutil
+
+
+def machine() -> str:
+    """Return date, processor, memory and versions."""
+    memory = psutil.virtual_memory().total // 1024**3
+    return (
+        f"{date.today()}, {psutil.cpu_count()} cores of {_processor()}, {memory} GiB, Python "
+        f"{platform.python_version()}, Redis Stack 7.4.1 on the same machine, not idle otherwise."
+    )
+
+
+def ratios(
+    seconds: Mapping[str, Sequence[float]], targets: Iterable[tuple[str, str, float]]
+) -> list[str]:
+    """Return a table of how many times as fast one method is as another, round by round."""
+    lines = ["| ratio of speeds, round by round | median | lowest to highest | target |"]
+    lines += ["|---|---:|---:|---:|"]
+    for ours, theirs, target in targets:
+        found = [b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True)]
+        lines.append(
+            f"| {ours}, to {theirs} | {statistics.median(found):.2f} | {min(found):.2f} to "
+            f"{max(found):.2f} | {target} |"
+        )
+    return lines
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(": ")[2]
+    return platform.processor()
