@@ -340,7 +340,7 @@ class DicomStore:
 
     def _with_keys(self, command: str, keys: Sequence[str]) -> list[Any]:
         """Send a command that takes many keys; return its replies, from one round trip."""
-        if isinstance(self._client, redis.Redis) and len(keys) <= KEYS_PER_COMMAND:
+        if isinstance(self._client, redis.Redis) and 0 < len(keys) <= KEYS_PER_COMMAND:
             return [self._client.execute_command(command, *keys)]
         with self._client.pipeline(transaction=False) as pipe:
             self._queue(pipe, command, keys)
@@ -524,7 +524,7 @@ class DicomStore:
     def _is_done(self, load: Load, current: _Current | None) -> bool:
         """Whether all of a file is stored; if only its descriptor is not, its row says so too."""
         document = current and current.document
-        if current is None or document is None or document.layout.size != load.size():
+        if current is None or document is None or not 0 < load.size() == document.layout.size:
             return False
         with load.opened() as file:
             if not self._holds(current, load.row["size"], sha256_of(file)):
@@ -1737,7 +1737,7 @@ class _Leases:
         self._client = client
         self._held: set[str] = set()
         self._lock = threading.Lock()
-        self._renewing = False
+        self._renewer: threading.Thread | None = None
 
     @contextlib.contextmanager
     def held(self, key: str) -> Iterator[None]:
@@ -1745,9 +1745,9 @@ class _Leases:
         self._client.set(key, b"", px=LEASE_MS)
         with self._lock:
             self._held.add(key)
-            if not self._renewing:
-                self._renewing = True
-                threading.Thread(target=self._renew, name="leases", daemon=True).start()
+            if self._renewer is None or not self._renewer.is_alive():  # as after a fork
+                self._renewer = threading.Thread(target=self._renew, name="leases", daemon=True)
+                self._renewer.start()
         try:
             yield
         finally:
@@ -1760,9 +1760,9 @@ class _Leases:
             time.sleep(LEASE_MS / 3000)
             with self._lock:
                 held = list(self._held)
-                self._renewing = bool(held)
-            if not held:
-                return
+                if not held:
+                    self._renewer = None
+                    return
             for key in held:
                 # If it cannot be renewed, the commit notices. XX: never make it anew.
                 with contextlib.suppress(*REDIS_ERRORS):

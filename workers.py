@@ -96,9 +96,8 @@ def describe_all(
     waiting = iter(files)
     answers: queue.SimpleQueue[tuple[_Worker, bytes]] = queue.SimpleQueue()
     ahead = PIXELS_AHEAD if pixels else HEADERS_AHEAD
-    wanted = _cores() if pixels else _cores() - 1 or 1
-    if not pixels and count < WORTH_WORKERS:
-        wanted = 0
+    own_part = 0 if pixels else 1  # this process reads headers as well
+    wanted = max(1, _cores() - own_part) if pixels or count >= WORTH_WORKERS else 0
     with _team(min(wanted, count), answers, needed=pixels) as team:
         while True:
             for worker in sorted(team, key=lambda each: len(each.asked)):

@@ -186,6 +186,18 @@ def test_keys_that_are_no_utf8(store, client, tmp_path):
         store.read("\udcff\udcfe")
 
 
+def test_an_empty_file_over_a_document_of_none(store, client, tmp_path):
+    """A document that somebody wrote for no bytes does not make an empty file a stored one."""
+    document = {
+        "imageName": "a", "size": 0, "version": "0123456789ab", "chunkSize": 262_080, "tail": [],
+        "crc": [], "chunks": [], "sha256": hashlib.sha256().hexdigest(),
+    }  # fmt: skip
+    json_set(client, "file:a", document)
+    (tmp_path / "a").write_bytes(b"")
+    row = store.load(tmp_path).iloc[0]
+    assert row["status"] == "skipped" and row["reason"] == "an empty file"
+
+
 def test_links_below_the_folder_are_not_followed(store, tmp_path):
     """A link where a folder should be is refused, one where the file should be is not touched."""
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"

@@ -700,8 +700,12 @@ def test_the_lease_lasts_as_long_as_the_load(client):
     assert_no_orphans(client)
 
 
-def test_the_lease_is_renewed(client, monkeypatch):
-    """A load that takes longer than a lease keeps it, also after a time without any load."""
+@pytest.mark.parametrize("forked", [False, True])
+def test_the_lease_is_renewed(client, monkeypatch, forked):
+    """A load that takes longer than a lease keeps it, also after a time without any load.
+
+    After a fork as well, which leaves of the thread that renews leases only its object.
+    """
     monkeypatch.setattr(dicom_helpers, "LEASE_MS", 300)
     store, versions = WithHook(client, progress=False), []
 
@@ -716,6 +720,10 @@ def test_the_lease_is_renewed(client, monkeypatch):
     store.put("idle", dicom())
     while any(thread.name == "leases" for thread in threading.enumerate()):
         threading.Event().wait(0.01)
+    if forked:
+        store._leases._renewer = threading.Thread()
+        store._leases._renewer.start()
+        store._leases._renewer.join()
     store.hook = linger
     store.put("a", dicom())
     assert len(versions) == 1 and document_of(client, "file:a")["version"] == versions[0]
