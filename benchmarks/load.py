@@ -26,10 +26,9 @@ from reporting import machine, ratios
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-import documents  # noqa: E402 - the project is not installed, but run in place
-import workers  # noqa: E402
-from dicom_helpers import DicomStore, connect  # noqa: E402
-from redis_server import RedisServer  # noqa: E402
+from dicomstore.imaging import describing, header  # noqa: E402
+from dicomstore.server.embedded import RedisServer  # noqa: E402
+from dicomstore.store import DicomStore, connect  # noqa: E402
 
 MIB = 1024 * 1024
 CHUNK = 5 * 1024
@@ -89,7 +88,7 @@ def alike(url: str) -> int:
     count = 0
     for file in real_files():
         with file.open("rb") as opened:
-            members = documents.describe(opened)
+            members = header.describe(opened)
         if members is None:
             continue
         members["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -117,7 +116,7 @@ def loaded(store: DicomStore) -> int:
 
 def fresh() -> None:
     """End the worker processes, as if this process had loaded nothing yet."""
-    for worker in workers._idle.pop(os.getpid(), []):
+    for worker in describing._idle.pop(os.getpid(), []):
         worker.end()
 
 

@@ -36,12 +36,12 @@ from reporting import machine
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from chunk_reader import ChunkReader  # noqa: E402 - not installed, but run in place
-from dicom_helpers import DicomStore, connect  # noqa: E402
-from layout import DEFAULT_CHUNK_SIZE  # noqa: E402
-from redis_server import RedisServer  # noqa: E402
-from sample_cine import write_sample_cine  # noqa: E402
-from sample_slide import TILE, write_sample_slide  # noqa: E402
+from demo.cine import write_sample_cine  # noqa: E402
+from demo.slide import TILE, write_sample_slide  # noqa: E402
+from dicomstore.blobs.manifest import DEFAULT_CHUNK_SIZE  # noqa: E402
+from dicomstore.blobs.reader import ChunkReader  # noqa: E402 - not installed, but run in place
+from dicomstore.server.embedded import RedisServer  # noqa: E402
+from dicomstore.store import DicomStore, connect  # noqa: E402
 
 MIB = 1024 * 1024
 SIZES_MIB = (50, 200, 600, 1536)

@@ -28,11 +28,11 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 import svs_speed_test as speed  # noqa: E402 - the project is not installed, but run in place
-from chunk_stream import ChunkStream, fresh_buffer, run  # noqa: E402
-from dicom_helpers import DicomStore, connect  # noqa: E402
-from layout import DEFAULT_CHUNK_SIZE, Layout  # noqa: E402
-from redis_server import BUILD_FOLDER, RedisServer  # noqa: E402
-from sample_slide import write_sample_slide  # noqa: E402
+from demo.slide import write_sample_slide  # noqa: E402
+from dicomstore.blobs.manifest import DEFAULT_CHUNK_SIZE, Layout  # noqa: E402
+from dicomstore.blobs.wire import ChunkStream, fresh_buffer, run  # noqa: E402
+from dicomstore.server.embedded import BUILD_FOLDER, RedisServer  # noqa: E402
+from dicomstore.store import DicomStore, connect  # noqa: E402
 
 MIB = 1024 * 1024
 PUBLISHED_CHUNK = 30 * 1024

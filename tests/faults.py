@@ -36,10 +36,10 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 from samples import PREAMBLE, dicom, element
 from tqdm import tqdm
 
-import dicom_helpers
-from dicom_helpers import DicomStore, connect
-from errors import DamagedError, DicomRedisError, MissingChunkError, ServerError
-from redis_server import RedisServer
+import dicomstore.store as store_module
+from dicomstore.errors import DamagedError, DicomRedisError, MissingChunkError, ServerError
+from dicomstore.server.embedded import RedisServer
+from dicomstore.store import DicomStore, connect
 
 REPORT = Path(__file__).parent.parent / "benchmarks" / "faults.md"
 PYDICOM_FILES = Path(pydicom.__file__).parent / "data" / "test_files"
@@ -64,11 +64,11 @@ def workers():
 
 @contextlib.contextmanager
 def lease_of(milliseconds):
-    before, dicom_helpers.LEASE_MS = dicom_helpers.LEASE_MS, milliseconds
+    before, store_module.LEASE_MS = store_module.LEASE_MS, milliseconds
     try:
         yield
     finally:
-        dicom_helpers.LEASE_MS = before
+        store_module.LEASE_MS = before
 
 
 def store_of(client, chunk_size=1000, **options):

@@ -12,10 +12,9 @@ import redis
 from conftest import PYDICOM_FILES
 from samples import dicom, element
 
-import dicom_helpers
-from dicom_helpers import DicomStore, connect, not_, words
-from errors import DicomRedisError, ServerError
-from redis_server import RedisServer, _free_port
+from dicomstore.errors import DicomRedisError, ServerError
+from dicomstore.server.embedded import RedisServer, _free_port
+from dicomstore.store import DicomStore, connect, not_, words
 
 PASSWORD = "s3cret-p/w#ord"
 QUOTED = "s3cret-p%2Fw%23ord"
@@ -334,7 +333,7 @@ def folder(tmp_path):
 @pytest.fixture
 def as_user(server, client, monkeypatch):
     """Return a client of the user that a rule makes, with further ACL words if given."""
-    monkeypatch.setattr(dicom_helpers, "SEARCH_PAGE", 1)  # so that a cursor is used
+    monkeypatch.setattr("dicomstore.store.SEARCH_PAGE", 1)  # so that a cursor is used
     made = []
 
     def login(rule, *more):

@@ -6,10 +6,10 @@ import threading
 import pytest
 from samples import dicom
 
-import dicom_helpers
-from dicom_helpers import DicomStore, connect
-from errors import MissingChunkError, NotStoredError, ServerError
-from redis_server import RedisServer
+import dicomstore.store as store_module
+from dicomstore.errors import MissingChunkError, NotStoredError, ServerError
+from dicomstore.server.embedded import RedisServer
+from dicomstore.store import DicomStore, connect
 
 IMAGE = dicom(pixels=bytes(range(256)) * 20)
 
@@ -262,7 +262,7 @@ def test_many_readers_fill_one_gap(server, client, folder):
 
 def test_a_cache_that_is_too_small(tmp_path, monkeypatch):
     """A file that evicts its own chunks while it is loaded ends in a sentence, not in a loop."""
-    monkeypatch.setattr(dicom_helpers, "ATTEMPTS", 3)
+    monkeypatch.setattr("dicomstore.store.ATTEMPTS", 3)
     (tmp_path / "a").write_bytes(dicom(pixels=os.urandom(30_000_000)))
     lines = ["maxmemory 24mb", "maxmemory-policy allkeys-lru"]
     with RedisServer(config=lines) as small, connect(small.url) as client:
@@ -281,4 +281,4 @@ def test_expiring_files_are_swept_of_nothing(client):
     assert len(cache.sweep()) == 0
     client.delete("file:a")
     assert cache.sweep()["size"].sum() == len(IMAGE)
-    assert dicom_helpers.CHUNKS_OUTLIVE_MS > dicom_helpers.LEASE_MS
+    assert store_module.CHUNKS_OUTLIVE_MS > store_module.LEASE_MS

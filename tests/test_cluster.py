@@ -12,10 +12,10 @@ import pytest
 import redis
 from samples import dicom, sha256_of
 
-import dicom_helpers
-from dicom_helpers import DicomStore, connect
-from errors import MissingChunkError, NotStoredError, SearchError, ServerError
-from redis_server import BUILD_FOLDER, RedisServer
+import dicomstore.store as store_module
+from dicomstore.errors import MissingChunkError, NotStoredError, SearchError, ServerError
+from dicomstore.server.embedded import BUILD_FOLDER, RedisServer
+from dicomstore.store import DicomStore, connect
 
 NODES = 3
 
@@ -127,7 +127,7 @@ def test_a_large_file_lies_on_all_nodes(client):
 def test_document_and_lease_share_a_slot(client):
     """What is watched together lies on one node, whatever braces the path has."""
     for path in ("a", "x{y}z", "{}", "}{", "{user}/a"):
-        layout = dicom_helpers.Layout(dicom_helpers.document_key(path), "0" * 12, 1, 1, ())
+        layout = store_module.Layout(store_module.document_key(path), "0" * 12, 1, 1, ())
         assert client.keyslot(layout.key) == client.keyslot(layout.lease)
 
 

@@ -12,7 +12,7 @@ import pytest
 import redis
 import yaml
 
-from redis_server import BUILD_FOLDER
+from dicomstore.server.embedded import BUILD_FOLDER
 
 PROJECT = Path(__file__).parent.parent
 PASSWORD = "not-the-default"

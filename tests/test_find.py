@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from pydicom import datadict
 from samples import PREAMBLE, dicom, element
 
-import dicom_helpers
-import documents
-import queries
-from dicom_helpers import DicomStore, connect, not_, words
-from errors import NotIndexedError, SearchError, SearchTimeoutError, ServerError
-from redis_server import RedisServer
+from dicomstore.catalogue import query
+from dicomstore.errors import NotIndexedError, SearchError, SearchTimeoutError, ServerError
+from dicomstore.imaging import header
+from dicomstore.server.embedded import RedisServer
+from dicomstore.store import DicomStore, connect, not_, words
 
 #: What a server does that was started without the options of ours.
 PLAIN = "TIMEOUT 10000 ON_TIMEOUT FAIL"
@@ -140,7 +139,7 @@ TEXTS = {
 }
 
 
-@pytest.mark.parametrize("field", queries.WORD_FIELDS)
+@pytest.mark.parametrize("field", query.WORD_FIELDS)
 def test_words(store, client, paths, field):
     """All words in any order and case, other forms of them, prefixes; 'with' is a word too."""
     for name, text in TEXTS.items():
@@ -204,7 +203,7 @@ def test_every_text_is_found_by_its_words(store, client, text):
 
 def test_prefixes_are_complete_or_refused(tmp_path, monkeypatch):
     """A server that expands a prefix to 200 words says nothing of it; the search does."""
-    monkeypatch.setattr("redis_server.SEARCH_OPTIONS", PLAIN)
+    monkeypatch.setattr("dicomstore.server.embedded.SEARCH_OPTIONS", PLAIN)
     with RedisServer() as plain, connect(plain.url) as client:
         store = DicomStore(client, progress=False)
         set_document(client, 0, studyDescription="brain")
@@ -412,9 +411,9 @@ def test_odd_headers_stay_in_the_index(store, client, content):
         store.index_also(*ODD)
     store.put("x", content, replace=True)
     assert list(store.find()["path"]) == ["x"]
-    members = documents.describe(io.BytesIO(content))
-    read = {name: members[name] for name in members if name in documents.FIELDS}
-    own = {field.keyword for field in documents.FIELDS.values()}
+    members = header.describe(io.BytesIO(content))
+    read = {name: members[name] for name in members if name in header.FIELDS}
+    own = {field.keyword for field in header.FIELDS.values()}
     added = set(ODD) - own
     read |= {name: members["header"][name] for name in added if name in members["header"]}
     for name, value in read.items():
@@ -500,11 +499,11 @@ def test_counts_on_real_files(store):
 
 # --- the index of an older version ---------------------------------------------------------------
 
-OLDER = [name for name in queries.INDEX_FIELDS if name not in ("rows", "modality")]
+OLDER = [name for name in query.INDEX_FIELDS if name not in ("rows", "modality")]
 
 
 def make_older_index(client, *, prefix="file:"):
-    schema = [word for name in OLDER for word in queries.SCHEMA[name]]
+    schema = [word for name in OLDER for word in query.SCHEMA[name]]
     client.execute_command(
         "FT.CREATE", "file:idx", "ON", "JSON", "PREFIX", "1", prefix, "SCHEMA", *schema
     )
@@ -513,7 +512,7 @@ def make_older_index(client, *, prefix="file:"):
 def test_an_older_index_is_upgraded(client):
     """Fields that an older index lacks are added in place, over what is stored; nothing is lost."""
     make_older_index(client)
-    client.execute_command("FT.ALTER", "file:idx", "SCHEMA", "ADD", *queries.header_field("KVP"))
+    client.execute_command("FT.ALTER", "file:idx", "SCHEMA", "ADD", *query.header_field("KVP"))
     for number in range(2000):
         set_document(client, number, rows=number, modality="CT", studyDescription="the brain",
                      header={"KVP": number})  # fmt: skip
@@ -610,7 +609,7 @@ def test_index_still_building(client):
         for number in range(30_000):
             pipe.execute_command("JSON.SET", f"file:{number}", "$", '{"header": {"KVP": 1}}')
         pipe.execute()
-    client.execute_command("FT.ALTER", "file:idx", "SCHEMA", "ADD", *queries.header_field("KVP"))
+    client.execute_command("FT.ALTER", "file:idx", "SCHEMA", "ADD", *query.header_field("KVP"))
     for search in (lambda: store.find(KVP=1), lambda: store.count_by("KVP")):
         with pytest.raises(SearchError, match="still being built") as caught:
             search()
@@ -622,7 +621,9 @@ def test_index_still_building(client):
 @pytest.mark.parametrize("policy", ["FAIL", "RETURN"])
 def test_engine_timed_out(monkeypatch, policy):
     """A search that the engine breaks off is an error under either policy, never a part."""
-    monkeypatch.setattr("redis_server.SEARCH_OPTIONS", f"TIMEOUT 1 ON_TIMEOUT {policy}")
+    monkeypatch.setattr(
+        "dicomstore.server.embedded.SEARCH_OPTIONS", f"TIMEOUT 1 ON_TIMEOUT {policy}"
+    )
     with RedisServer() as server, connect(server.url) as client:
         store = DicomStore(client, progress=False)
         store.find()
@@ -635,7 +636,7 @@ def test_engine_timed_out(monkeypatch, policy):
                                     "studyDescription": f"w{number}", "descriptor": [1] * 64}),
                     )  # fmt: skip
                 pipe.execute()
-        monkeypatch.setattr(dicom_helpers, "SEARCH_TIMEOUT_MS", 1)
+        monkeypatch.setattr("dicomstore.store.SEARCH_TIMEOUT_MS", 1)
         for search in (
             lambda: store.find(),
             lambda: store.find(order_by="rows", limit=10),
@@ -645,5 +646,5 @@ def test_engine_timed_out(monkeypatch, policy):
         ):
             with pytest.raises(SearchTimeoutError, match="did not finish"):
                 search()
-        monkeypatch.setattr(dicom_helpers, "SEARCH_TIMEOUT_MS", 10_000)
+        monkeypatch.setattr("dicomstore.store.SEARCH_TIMEOUT_MS", 10_000)
         assert len(store.find(columns=())) == 60_000

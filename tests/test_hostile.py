@@ -12,15 +12,15 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from samples import dicom, element, sha256_of
 
-from dicom_helpers import DicomStore
-from errors import (
+from dicomstore.blobs.manifest import document_key, path_of, shown_path
+from dicomstore.errors import (
     AmbiguousNameError,
     DamagedError,
     DicomRedisError,
     MissingChunkError,
     NotStoredError,
 )
-from layout import document_key, path_of, shown_path
+from dicomstore.store import DicomStore
 
 NAMES = [
     b"a b.dcm", b" leading", b"trailing ", b"it's", b'"quoted"', b"{braces}", b"}{", b"{", b"*",

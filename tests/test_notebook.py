@@ -10,9 +10,9 @@ import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import JPEG2000, JPEG2000Lossless
 
-import pixels
-import run_notebook
-import views
+import dicom_helpers
+from demo import run_notebook
+from dicomstore.imaging import rendering
 
 NOTEBOOK = nbformat.read(run_notebook.NOTEBOOK, as_version=4)
 CODE_CELLS = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
@@ -79,7 +79,7 @@ def test_a_failing_cell_fails_the_run(monkeypatch, tmp_path, capsys):
         cells=[nbformat.v4.new_code_cell("raise OSError('no disk')")]
     )
     nbformat.write(notebook, tmp_path / "broken.ipynb")
-    monkeypatch.setattr(run_notebook, "NOTEBOOK", tmp_path / "broken.ipynb")
+    monkeypatch.setattr("demo.run_notebook.NOTEBOOK", tmp_path / "broken.ipynb")
     assert run_notebook.main(["--out", str(tmp_path)]) == 1
     assert "no disk" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.html"))
@@ -91,7 +91,7 @@ def test_the_page_stands_alone(monkeypatch, tmp_path, capsys):
     picture = "# Answer\n![a picture](images/architecture-low.svg)"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(picture), cell])
     nbformat.write(notebook, tmp_path / "small.ipynb")
-    monkeypatch.setattr(run_notebook, "NOTEBOOK", tmp_path / "small.ipynb")
+    monkeypatch.setattr("demo.run_notebook.NOTEBOOK", tmp_path / "small.ipynb")
     assert run_notebook.main(["--out", str(tmp_path)]) == 0
     assert "Answer\n42" in capsys.readouterr().out
     page = (tmp_path / "small.html").read_text()
@@ -101,15 +101,15 @@ def test_the_page_stands_alone(monkeypatch, tmp_path, capsys):
 def test_timings_are_quartiles_of_the_calls_after_the_first(monkeypatch):
     """A slow first call is told apart and does not move the median."""
     clock = iter([0.0, 9.0, 9.0, 9.001, 9.001, 9.003, 9.003, 9.008])
-    monkeypatch.setattr(views.time, "perf_counter", lambda: next(clock))
-    result, timing = views.timed(lambda: "done", repeats=3)
+    monkeypatch.setattr(dicom_helpers.time, "perf_counter", lambda: next(clock))
+    result, timing = dicom_helpers.timed(lambda: "done", repeats=3)
     assert result == "done"
     assert (timing.first, round(timing.median, 6)) == (9000.0, 2.0)
 
 
 def test_hex_dump_shows_offset_bytes_and_text():
     """A row of the dump reads as hexdump -C writes it, and a short last row keeps its column."""
-    dump = views.hex_dump(bytes(126) + b"\x00\x01DICM", 112, 64)
+    dump = dicom_helpers.hex_dump(bytes(126) + b"\x00\x01DICM", 112, 64)
     assert dump.splitlines()[1] == f"00000080  {'44 49 43 4d':47}  DICM"
 
 
@@ -118,7 +118,7 @@ def test_a_document_is_shown_with_its_lists_in_a_line_and_its_texts_as_they_are(
     header = {"ImageType": ["DERIVED", "é [ 1 ]"], "Note": "[ a ]", "Sequence": [{"A": [1, 2]}]}
     document = json.dumps({"tail": [7, 9], "header": {**header, "Last": 1}})
     client.execute_command("JSON.SET", "file:odd", "$", document)
-    shown = views.document_text(client, "file:odd", most=3)
+    shown = dicom_helpers.document_text(client, "file:odd", most=3)
     assert '"tail": [7, 9],\n' in shown
     assert '"Note": "[ a ]"' in shown and "é [ 1 ]" in shown
     assert '"A": [1, 2]' in shown
@@ -132,12 +132,12 @@ def test_captions_tell_lossless_from_lossy():
         dataset = Dataset()
         dataset.file_meta = FileMetaDataset()
         dataset.file_meta.TransferSyntaxUID = syntax
-        captions.append(pixels.caption(dataset).splitlines()[1])
+        captions.append(rendering.caption(dataset).splitlines()[1])
     assert captions == ["JPEG 2000 Lossless", "JPEG 2000"]
 
 
 def test_a_table_shows_all_of_every_cell():
     """Long text is not shortened, numbers have their thousands set apart, also without HTML."""
     frame = pd.DataFrame({"reason": ["x" * 200], "size": [1234567], "missing": [None]})
-    for text in (views.Table(frame)._repr_html_(), repr(views.Table(frame))):
+    for text in (dicom_helpers.Table(frame)._repr_html_(), repr(dicom_helpers.Table(frame))):
         assert "x" * 200 in text and "1,234,567" in text and "size" in text

@@ -16,12 +16,12 @@ from PIL import Image
 from pydicom.encaps import encapsulate, encapsulate_extended, generate_frames
 from pydicom.pixels import iter_pixels, pixel_array
 
-from chunk_reader import ChunkReader
-from dicom_helpers import DicomStore
-from errors import NotDicomError
-from layout import DEFAULT_CHUNK_SIZE, Layout, plan_tail
-from sample_cine import write_sample_cine
-from sample_slide import write_sample_slide
+from demo.cine import write_sample_cine
+from demo.slide import write_sample_slide
+from dicomstore.blobs.manifest import DEFAULT_CHUNK_SIZE, Layout, plan_tail
+from dicomstore.blobs.reader import ChunkReader
+from dicomstore.errors import NotDicomError
+from dicomstore.store import DicomStore
 
 SLIDE_BYTES = 20_000_000
 FRAMES, FRAME_BYTES = 400, 512 * 1024

@@ -1,6 +1,7 @@
 """The made-up slide: what OpenSlide, tifffile and tiffslide see in it."""
 
 import errno
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,8 @@ import tifffile
 import tiffslide
 from PIL import Image
 
-import sample_slide
-from sample_slide import FACTORS, TILE, TOLERANCE, write_sample_slide
+import demo.slide
+from demo.slide import FACTORS, TILE, TOLERANCE, write_sample_slide
 
 SIZE = 5_000_000
 
@@ -103,8 +104,8 @@ def test_no_seams(slide):
 
 def test_same_size_gives_same_bytes(tmp_path, path):
     """Another process writes the same file."""
-    code = "import sys, sample_slide as s; s.write_sample_slide(sys.argv[1], size=int(sys.argv[2]))"
-    folder = Path(sample_slide.__file__).parent
+    code = "import sys, demo.slide as s; s.write_sample_slide(sys.argv[1], size=int(sys.argv[2]))"
+    folder = Path(demo.slide.__file__).parents[1]
     again = tmp_path / "again.svs"
     subprocess.run([sys.executable, "-c", code, again, str(SIZE)], cwd=folder, check=True)
     assert again.read_bytes() == path.read_bytes()
@@ -112,7 +113,7 @@ def test_same_size_gives_same_bytes(tmp_path, path):
 
 def test_bigtiff_is_aperio_too(tmp_path, monkeypatch):
     """Beyond the offsets of a classic TIFF, OpenSlide still sees an Aperio slide."""
-    monkeypatch.setattr(sample_slide, "_CLASSIC_TIFF", 0)
+    monkeypatch.setattr("demo.slide._CLASSIC_TIFF", 0)
     path = write_sample_slide(tmp_path / "big.svs", size=1_000_000)
     with tifffile.TiffFile(path) as tiff:
         assert tiff.is_bigtiff
@@ -135,8 +136,8 @@ def test_progress_ends_at_the_expected_bytes(tmp_path):
 
 def test_no_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
     """One sentence names the folder, the MB needed and the MB free; no file is made."""
-    usage = sample_slide.shutil.disk_usage(tmp_path)._replace(free=7_000_000)
-    monkeypatch.setattr(sample_slide.shutil, "disk_usage", lambda folder: usage)
+    usage = shutil.disk_usage(tmp_path)._replace(free=7_000_000)
+    monkeypatch.setattr("demo.slide.shutil.disk_usage", lambda folder: usage)
     with pytest.raises(OSError, match=r"needs 103 MB in .+, where 7 MB are free") as caught:
         write_sample_slide(tmp_path / "sample.svs", size=100_000_000)
     assert caught.value.errno == errno.ENOSPC

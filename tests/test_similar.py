@@ -15,11 +15,9 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from samples import dicom
 
-import descriptor
-import documents
-import pixels
-from dicom_helpers import DicomStore
-from errors import NoDescriptorError, NotStoredError
+from dicomstore.errors import NoDescriptorError, NotStoredError
+from dicomstore.imaging import header, rendering, thumbnail
+from dicomstore.store import DicomStore
 
 #: The only files of pydicom's with pixels that have no descriptor: cut off, not DICOM's encoding of
 #: what they say, a stray byte before them, or refused by the decoders.
@@ -63,7 +61,7 @@ def grey(image, *, frames=1, photometric="MONOCHROME2", **attributes):
 
 
 def descriptor_of(content):
-    return descriptor.of_file(io.BytesIO(content), documents.describe(io.BytesIO(content)))
+    return thumbnail.of_file(io.BytesIO(content), header.describe(io.BytesIO(content)))
 
 
 def ramp(rows=64, columns=64):
@@ -80,23 +78,23 @@ def test_every_image_of_the_corpus_has_one():
         if not path.is_file():
             continue
         content = path.read_bytes()
-        members = documents.describe(io.BytesIO(content))
+        members = header.describe(io.BytesIO(content))
         if members is None:
             continue
-        found = descriptor.of_file(io.BytesIO(content), members)
+        found = thumbnail.of_file(io.BytesIO(content), members)
         try:
-            dataset = pixels.read_dataset(content)
+            dataset = rendering.read_dataset(content)
             frame = int(members.get("numberOfFrames", 1)) // 2
-            with documents.quietly():
-                expected = descriptor.of_array(pixels.render(dataset, frame))
-        except documents.UNREADABLE:
+            with header.quietly():
+                expected = thumbnail.of_array(rendering.render(dataset, frame))
+        except header.UNREADABLE:
             assert found is None or path.name == "emri_small_jpeg_2k_lossless_too_short.dcm"
             continue
         if found is None:
             assert path.name in UNDECODABLE, path
             continue
         described[path.name] = members.get("transferSyntaxUID")
-        assert len(found) == descriptor.DIMENSIONS and set(map(type, found)) == {int}
+        assert len(found) == thumbnail.DIMENSIONS and set(map(type, found)) == {int}
         assert min(found) >= 0 and max(found) <= 255
         difference = np.subtract(found, expected)
         assert np.sqrt(np.mean(difference**2)) < 3, path
@@ -113,20 +111,20 @@ def test_it_shows_what_is_seen():
     assert np.abs(np.add(found, inverse) - 255).max() <= 1
     colours = np.zeros((8, 8, 3), dtype=np.uint8)
     colours[0, :3] = np.eye(3) * 255
-    assert descriptor.of_array(colours)[:4] == [76, 150, 29, 0]
+    assert thumbnail.of_array(colours)[:4] == [76, 150, 29, 0]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (3, 5), (8, 8), (17, 8), (100, 7), (1500, 1300)])
 def test_any_shape(shape):
     """Pictures of any size give as many numbers; a plain one gives its grey level."""
-    assert descriptor_of(grey(np.full(shape, 77))) == [77] * descriptor.DIMENSIONS
-    assert descriptor.of_array(np.full(shape, 77, np.uint8)) == [77] * descriptor.DIMENSIONS
+    assert descriptor_of(grey(np.full(shape, 77))) == [77] * thumbnail.DIMENSIONS
+    assert thumbnail.of_array(np.full(shape, 77, np.uint8)) == [77] * thumbnail.DIMENSIONS
 
 
 def test_the_middle_frame_counts():
     """Of a multi-frame image the middle frame is described."""
     frames = np.stack([np.full((8, 8), level) for level in (10, 20, 30, 40, 50)])
-    assert descriptor_of(grey(frames, frames=5)) == [30] * descriptor.DIMENSIONS
+    assert descriptor_of(grey(frames, frames=5)) == [30] * thumbnail.DIMENSIONS
 
 
 def test_only_one_frame_is_read():
@@ -143,8 +141,8 @@ def test_only_one_frame_is_read():
             return piece
 
     file = Counting(content)
-    members = documents.describe(io.BytesIO(content))
-    assert descriptor.of_file(file, members) == [0] * descriptor.DIMENSIONS
+    members = header.describe(io.BytesIO(content))
+    assert thumbnail.of_file(file, members) == [0] * thumbnail.DIMENSIONS
     assert file.total < len(content) / 20
 
 
@@ -169,7 +167,7 @@ def test_what_does_not_fit_together_has_none(store, attributes):
     store.put("a", content)
     assert store.read("a") == content
     found = store._members("file:a", ("descriptor", "size"))
-    assert "descriptor" not in found or len(found["descriptor"]) == descriptor.DIMENSIONS
+    assert "descriptor" not in found or len(found["descriptor"]) == thumbnail.DIMENSIONS
     assert len(store.find()) == 1
 
 
@@ -182,10 +180,10 @@ def test_damaged_files_have_none_or_a_whole_one(data):
     for _ in range(data.draw(st.integers(1, 8))):
         content[data.draw(st.integers(132, len(content) - 1))] = data.draw(st.integers(0, 255))
     del content[data.draw(st.integers(140, len(content))) :]
-    members = documents.describe(io.BytesIO(content))
+    members = header.describe(io.BytesIO(content))
     if members is not None:
-        found = descriptor.of_file(io.BytesIO(content), members)
-        assert found is None or len(found) == descriptor.DIMENSIONS
+        found = thumbnail.of_file(io.BytesIO(content), members)
+        assert found is None or len(found) == thumbnail.DIMENSIONS
 
 
 @pytest.mark.parametrize(
@@ -203,7 +201,8 @@ def test_arrays_that_are_no_picture(store, image):
 
 def test_it_needs_neither_pandas_nor_redis(request):
     """Worker processes can make descriptors without importing pandas or redis."""
-    code = "import sys, descriptor; print(sorted({'pandas', 'redis'} & set(sys.modules)))"
+    code = "import sys, dicomstore.imaging.thumbnail\n"
+    code += "print(sorted({'pandas', 'redis'} & set(sys.modules)))"
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=request.config.rootpath
     )
@@ -282,7 +281,7 @@ def test_a_picture_as_array(store):
     """A picture as it is shown finds the very file first, at a distance of next to nothing."""
     store.load(PYDICOM_FILES / "MR_small.dcm")
     store.load(PYDICOM_FILES / "dicomdirtests")
-    picture = pixels.render(pydicom.dcmread(PYDICOM_FILES / "MR_small.dcm"))
+    picture = rendering.render(pydicom.dcmread(PYDICOM_FILES / "MR_small.dcm"))
     for array in (picture, np.stack([picture] * 3, axis=-1)):
         nearest = store.similar(array, 1)
         assert list(nearest["path"]) == ["MR_small.dcm"] and nearest["distance"][0] < 1

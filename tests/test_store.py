@@ -19,11 +19,9 @@ import redis
 from conftest import PYDICOM_DATA, PYDICOM_FILES
 from samples import PREAMBLE, dicom, element, sha256_of
 
-import dicom_helpers
-import layout
-import loading
-from dicom_helpers import DicomStore, connect
-from errors import (
+import dicomstore.store as store_module
+from dicomstore.blobs import manifest
+from dicomstore.errors import (
     AnotherImageError,
     DicomRedisError,
     MissingChunkError,
@@ -32,7 +30,8 @@ from errors import (
     SearchError,
     ServerError,
 )
-from redis_server import RedisServer
+from dicomstore.server.embedded import RedisServer
+from dicomstore.store import DicomStore, connect
 
 PUBLISHED_COUNTS = {
     "ANGIO Projected from C": 7,
@@ -321,9 +320,9 @@ class WithHook(DicomStore):
 @pytest.mark.parametrize("change", ["grown", "cut", "rewritten"])
 def test_a_file_that_changes_while_it_is_read_is_not_stored(client, tmp_path, monkeypatch, change):
     """A large file that changes under the load is skipped with that reason, leaving nothing."""
-    monkeypatch.setattr(dicom_helpers, "BATCH_BYTES", 4000)
-    monkeypatch.setattr(layout, "BATCH_BYTES", 4000)
-    monkeypatch.setattr(loading, "BATCH_BYTES", 4000)
+    monkeypatch.setattr("dicomstore.store.BATCH_BYTES", 4000)
+    monkeypatch.setattr("dicomstore.blobs.manifest.BATCH_BYTES", 4000)
+    monkeypatch.setattr("dicomstore.loading.BATCH_BYTES", 4000)
     path = tmp_path / "a.dcm"
     path.write_bytes(dicom(pixels=bytes(50_000)))
     os.utime(path, (1, 1))
@@ -443,7 +442,7 @@ def test_keys_and_members_are_as_designed(client):
     document = document_of(client, key)
     version = document["version"]
     assert re.fullmatch("[0-9a-f]{12}", version)
-    plan = layout.Layout(key, version, len(image), 3000, layout.plan_tail(len(image), 3000))
+    plan = manifest.Layout(key, version, len(image), 3000, manifest.plan_tail(len(image), 3000))
     expected = [f"chunk:{key}:{version}:{number}" for number in range(plan.count)]
     assert document["chunks"] == expected
     assert {os.fsdecode(found) for found in client.scan_iter()} == {key, *expected}
@@ -547,7 +546,7 @@ def test_more_files_than_one_answer_holds(store, monkeypatch):
     store.load(PYDICOM_FILES)
     whole, counts = store.find(), store.count_by("sopInstanceUID")
     assert len(whole) > 160 and len(counts) > 100
-    monkeypatch.setattr(dicom_helpers, "SEARCH_PAGE", 7)
+    monkeypatch.setattr("dicomstore.store.SEARCH_PAGE", 7)
     pd.testing.assert_frame_equal(store.find(), whole)
     pd.testing.assert_series_equal(store.count_by("sopInstanceUID"), counts)
 
@@ -706,7 +705,7 @@ def test_the_lease_is_renewed(client, monkeypatch, forked):
 
     After a fork as well, which leaves of the thread that renews leases only its object.
     """
-    monkeypatch.setattr(dicom_helpers, "LEASE_MS", 300)
+    monkeypatch.setattr("dicomstore.store.LEASE_MS", 300)
     store, versions = WithHook(client, progress=False), []
 
     def linger(layout):
@@ -856,7 +855,7 @@ def test_many_loaders_of_the_same_names(server, client, tmp_path):
 
 def test_a_reader_sees_the_old_or_the_new_version(server, client, monkeypatch):
     """While two versions replace one another, every read gives one of them whole."""
-    monkeypatch.setattr(layout, "BATCH_BYTES", 2000)  # many MGETs a read
+    monkeypatch.setattr("dicomstore.blobs.manifest.BATCH_BYTES", 2000)  # many MGETs a read
     versions = [dicom(Rows=n, pixels=bytes([n]) * 9000) for n in (1, 2)]
     store = DicomStore(client, chunk_size=1000, progress=False)
     store.put("a", versions[0])
@@ -922,7 +921,7 @@ def test_a_refused_document_leaves_no_chunk(client):
 
 def test_an_interrupt_while_sending_leaves_nothing(client, monkeypatch):
     """Ctrl-C in the middle of the chunks takes back those sent, and the old version stays."""
-    monkeypatch.setattr(layout, "BATCH_BYTES", 4000)
+    monkeypatch.setattr("dicomstore.blobs.manifest.BATCH_BYTES", 4000)
     old, new = dicom(), dicom(Rows=1, pixels=bytes(30_000))
     DicomStore(client, chunk_size=1000, progress=False).put("a", old)
     sent_when_interrupted = []
@@ -951,8 +950,8 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-import dicom_helpers
-store = dicom_helpers.DicomStore(dicom_helpers.connect(sys.argv[2]), progress=False)
+import dicomstore.store as store_module
+store = store_module.DicomStore(store_module.connect(sys.argv[2]), progress=False)
 store.find()
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 before = peak()
@@ -973,7 +972,7 @@ def test_large_files_are_never_held_whole(server, client, tmp_path):
         head = PREAMBLE + element(0x00080016, "UI", b"1.2.840.10008.5.1.4.1.1.2\0")
         file.write(head + element(0x7FE00010, "OB", b"", length=size))
         file.truncate(len(head) + 12 + size)
-    project = os.path.dirname(dicom_helpers.__file__)
+    project = str(Path(store_module.__file__).parents[1])
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, project, server.url, os.fspath(tmp_path)],
         capture_output=True, text=True, check=False,

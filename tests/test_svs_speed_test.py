@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import svs_speed_test
-from dicom_helpers import DicomStore
-from sample_slide import write_sample_slide
+from demo.slide import write_sample_slide
+from dicomstore.store import DicomStore
 
 SCRIPT = Path(svs_speed_test.__file__)
 
@@ -162,8 +162,8 @@ def test_a_server_that_is_not_there_is_one_sentence(slide, capsys):
 
 def test_more_connections_than_the_server_allows_end_in_one_sentence(slide, capsys):
     """Asking for 200 connections of a server that allows 50 fails at once and leaves no key."""
-    from dicom_helpers import connect
-    from redis_server import RedisServer
+    from dicomstore.server.embedded import RedisServer
+    from dicomstore.store import connect
 
     with RedisServer(config=["maxclients 50"]) as small:
         code = svs_speed_test.main([str(slide), "--url", small.url, "--connections", "200"])

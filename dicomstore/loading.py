@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from errors import DamagedError, NotDicomError, ServerError
-from layout import BATCH_BYTES, DEFAULT_CHUNK_SIZE, document_key, shown_path
+from dicomstore.blobs.manifest import BATCH_BYTES, DEFAULT_CHUNK_SIZE, document_key, shown_path
+from dicomstore.errors import DamagedError, NotDicomError, ServerError
 
 CHANGED = "changed while it was read; load it again"
 

@@ -14,11 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import dicom
 
-import chunk_reader
-from chunk_reader import ChunkReader
-from dicom_helpers import DicomStore
-from errors import AmbiguousNameError, DamagedError, MissingChunkError, NotStoredError
-from layout import Layout, plan_tail
+from dicomstore.blobs.manifest import Layout, plan_tail
+from dicomstore.blobs.reader import ChunkReader
+from dicomstore.errors import AmbiguousNameError, DamagedError, MissingChunkError, NotStoredError
+from dicomstore.store import DicomStore
 
 RANDOM = np.random.default_rng(4).bytes(1 << 20)
 
@@ -127,8 +126,8 @@ def test_any_sequence_of_calls_gives_what_bytesio_gives(file, cache_bytes, least
     """Whatever is called, bytes, positions and types of error are those of io.BytesIO."""
     data, chunk_size, tail, calls = file
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunk_reader, "LEAST_FETCH_BYTES", least)
-        patch.setattr(chunk_reader, "SEQUENTIAL_BYTES", sequential)
+        patch.setattr("dicomstore.blobs.reader.LEAST_FETCH_BYTES", least)
+        patch.setattr("dicomstore.blobs.reader.SEQUENTIAL_BYTES", sequential)
         reader = Memory(data, chunk_size, tail).open(cache_bytes=cache_bytes)
         compare(reader, io.BytesIO(data), calls)
         reader.close()
@@ -228,9 +227,9 @@ def test_small_chunks_are_fetched_several_at_a_time():
 
 def test_scattered_reads_take_nothing_more(monkeypatch):
     """Only who reads in a row gets more than the chunks touched, however much was read before."""
-    monkeypatch.setattr(chunk_reader, "SEQUENTIAL_BYTES", 4000)
+    monkeypatch.setattr("dicomstore.blobs.reader.SEQUENTIAL_BYTES", 4000)
     memory = Memory(RANDOM[:100_000], 1000)
-    monkeypatch.setattr(chunk_reader, "LEAST_FETCH_BYTES", 0)
+    monkeypatch.setattr("dicomstore.blobs.reader.LEAST_FETCH_BYTES", 0)
     with memory.open() as reader:
         for start in (50_000, 10_000, 90_000, 30_000):
             reader.seek(start)

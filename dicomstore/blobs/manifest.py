@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from errors import DamagedError
+from dicomstore.errors import DamagedError
 
 DOCUMENT_PREFIX = "file:"
 CHUNK_PREFIX = "chunk:"

@@ -14,17 +14,14 @@ import pytest
 from conftest import PYDICOM_DATA, PYDICOM_FILES
 from samples import dicom
 
-import descriptor
-import dicom_helpers
-import documents
-import workers
-from dicom_helpers import DicomStore
-from errors import WorkerError
+from dicomstore.errors import WorkerError
+from dicomstore.imaging import describing, header, thumbnail
+from dicomstore.store import DicomStore
 
 
 def described(files, *, pixels):
     """Return what files are, by item, and see that each is answered once."""
-    answers = list(workers.describe_all(files.items(), len(files), pixels))
+    answers = list(describing.describe_all(files.items(), len(files), pixels))
     assert len(answers) == len(files)
     return dict(answers)
 
@@ -34,7 +31,7 @@ def processes():
     living = []
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):
-            if workers.__file__ in child.cmdline():
+            if describing.WORKER in child.cmdline():
                 living.append(child)
     return living
 
@@ -64,16 +61,16 @@ def test_the_answers_are_those_of_one_process(pixels):
     files = {path: path for path in sorted(PYDICOM_DATA.rglob("*")) if path.is_file()}
     for path, answer in described(files, pixels=pixels).items():
         with path.open("rb") as file:
-            members = documents.describe(file)
-            seen = descriptor.of_file(file, members) if pixels and members else None
+            members = header.describe(file)
+            seen = thumbnail.of_file(file, members) if pixels and members else None
         modified = path.stat().st_mtime_ns
-        assert answer == workers.Description(members, seen, modified, False), path
+        assert answer == describing.Description(members, seen, modified, False), path
 
 
 def test_few_headers_are_read_here():
     """Without pixels, no process is started for few files."""
     before = processes()
-    files = {number: dicom(Rows=number) for number in range(1, workers.WORTH_WORKERS)}
+    files = {number: dicom(Rows=number) for number in range(1, describing.WORTH_WORKERS)}
     answers = described(files, pixels=False)
     assert {number: answer.members["rows"] for number, answer in answers.items()} == {
         number: number for number in files
@@ -102,7 +99,7 @@ def test_a_worker_that_earlier_files_have_harmed(monkeypatch):
             yield number, image
 
     answers = {}
-    for number, answer in workers.describe_all(waiting(), 100, True):
+    for number, answer in describing.describe_all(waiting(), 100, True):
         answers[number] = answer
         if number == 30:
             for worker in processes():
@@ -113,14 +110,14 @@ def test_a_worker_that_earlier_files_have_harmed(monkeypatch):
 
 def test_memory_is_limited():
     """A worker does not take what this process would have to give: here, a content too large."""
-    content = bytes(workers.MEMORY_LIMIT + 1024**2)
+    content = bytes(describing.MEMORY_LIMIT + 1024**2)
     assert isinstance(described({"a": content}, pixels=True)["a"], OSError)
 
 
 def test_idle_workers_that_were_killed_are_replaced():
     """The next who needs workers gets living ones."""
     described({"a": PYDICOM_FILES / "MR_small.dcm"}, pixels=True)
-    idle = workers._idle[os.getpid()]
+    idle = describing._idle[os.getpid()]
     for worker in idle:
         worker.process.kill()
         worker._listener.join()
@@ -148,7 +145,7 @@ def test_relative_paths_are_those_of_this_process(tmp_path, monkeypatch):
 def test_no_process_can_be_started(monkeypatch, tmp_path):
     """Pixels are then refused in a sentence; headers are read without."""
     for executable in (tmp_path / "missing", "/bin/false"):
-        monkeypatch.setattr(workers, "_idle", {})
+        monkeypatch.setattr("dicomstore.imaging.describing._idle", {})
         monkeypatch.setattr(sys, "executable", os.fspath(executable))
         with pytest.raises(WorkerError, match="descriptors=False"):
             described({"a": dicom()}, pixels=True)
@@ -159,10 +156,10 @@ def test_no_process_can_be_started(monkeypatch, tmp_path):
 def test_who_stops_asking_leaves_no_busy_worker():
     """Work that nobody waits for any longer ends."""
     files = {number: busy_jpeg2000() for number in range(6)}
-    answers = workers.describe_all(files.items(), 6, True)
+    answers = describing.describe_all(files.items(), 6, True)
     next(answers)
     answers.close()
-    idle = workers._idle[os.getpid()]
+    idle = describing._idle[os.getpid()]
     assert not any(worker.asked for worker in idle)
     assert {each.pid for each in processes()} == {worker.process.pid for worker in idle}
 
@@ -171,8 +168,8 @@ def test_who_stops_asking_leaves_no_busy_worker():
 def test_workers_end_with_their_process(request, ending):
     """Also when it is killed, and without a word on standard error when it just ends."""
     code = (
-        "import psutil, workers\n"
-        "print(list(workers.describe_all([(1, b'')], 1, True)))\n"
+        "import psutil\nfrom dicomstore.imaging import describing\n"
+        "print(list(describing.describe_all([(1, b'')], 1, True)))\n"
         "print(*[child.pid for child in psutil.Process().children()], flush=True)\n"
         "input()\n"
     )
@@ -224,8 +221,8 @@ def test_an_interrupted_load_goes_on_where_it_stopped(store, client, tmp_path, m
         store.load(tmp_path)
     plain = DicomStore(client, progress=False, descriptors=False)
     client.config_resetstat()
-    describe, read = documents.describe, []
-    monkeypatch.setattr(documents, "describe", lambda file: read.append(file) or describe(file))
+    describe, read = header.describe, []
+    monkeypatch.setattr(header, "describe", lambda file: read.append(file) or describe(file))
     report = plain.load(tmp_path)
     assert report["status"].value_counts().to_dict() == {"loaded": 12, "unchanged": 8}
     assert len(read) == 12
@@ -247,9 +244,9 @@ def test_what_was_stored_without_a_descriptor_gets_it(client, store, tmp_path, m
 
     def describe_all(files, *arguments):
         asked.extend(files)
-        return workers.describe_all(iter(asked), *arguments)
+        return describing.describe_all(iter(asked), *arguments)
 
-    monkeypatch.setattr(dicom_helpers, "describe_all", describe_all)
+    monkeypatch.setattr("dicomstore.store.describe_all", describe_all)
     assert list(store.load(tmp_path)["status"]) == ["unchanged"] * 3
     assert asked == []
 

@@ -19,10 +19,8 @@ import numpy as np
 import pandas as pd
 from pydicom import datadict
 
-import descriptor
-import documents
-import slides
-from errors import NotIndexedError, SearchError, SearchTimeoutError
+from dicomstore.errors import NotIndexedError, SearchError, SearchTimeoutError
+from dicomstore.imaging import header, slide, thumbnail
 
 #: On Redis 7.4 an index name counts as a key for ACLs, hence the prefix of the documents.
 INDEX = "file:idx"
@@ -38,8 +36,8 @@ TIMED_OUT = (
 INDEX_FIELDS = {
     "imageName": "TAG",
     "size": "NUMERIC",
-    **{name: indexed.type for name, indexed in documents.FIELDS.items()},
-    **slides.FIELDS,
+    **{name: indexed.type for name, indexed in header.FIELDS.items()},
+    **slide.FIELDS,
 }
 UNSORTED_FIELDS = {
     "imageName",
@@ -74,7 +72,7 @@ def _schema() -> dict[str, list[str]]:
     }
     for name in WORD_FIELDS:
         schema[name + WORDS] = [f"$.{name}", "AS", name + WORDS, "TEXT"]
-    vector = ["TYPE", "FLOAT32", "DIM", str(descriptor.DIMENSIONS), "DISTANCE_METRIC", "L2"]
+    vector = ["TYPE", "FLOAT32", "DIM", str(thumbnail.DIMENSIONS), "DISTANCE_METRIC", "L2"]
     schema[DESCRIPTOR] = [f"$.{DESCRIPTOR}", "AS", DESCRIPTOR, "VECTOR", "FLAT", "6", *vector]
     return schema
 
@@ -109,9 +107,9 @@ def header_field(keyword: str) -> list[str]:
     vrs = datadict.dictionary_VR(tag).split(" or ")
     if "SQ" in vrs:
         raise ValueError(f"{keyword} is a sequence; only plain attributes can be indexed.")
-    if not documents.BULK_VRS.isdisjoint(vrs):
+    if not header.BULK_VRS.isdisjoint(vrs):
         raise ValueError(f"{keyword} is bulk data, which stays in the chunks and out of the index.")
-    kind = "TAG" if documents.NUMBER_VRS.isdisjoint(vrs) else "NUMERIC"
+    kind = "TAG" if header.NUMBER_VRS.isdisjoint(vrs) else "NUMERIC"
     return _field(f"$.header.{keyword}", keyword, kind, sortable=False)
 
 
@@ -160,7 +158,7 @@ class IndexInfo(NamedTuple):
         """Return the indexed field that `name` means: its own name, or its DICOM keyword."""
         if self.fields.get(name) in ("TAG", "NUMERIC"):
             return name
-        for own, indexed in documents.FIELDS.items():
+        for own, indexed in header.FIELDS.items():
             if name == indexed.keyword and own in self.fields:
                 return own
         if datadict.tag_for_keyword(name) is not None:

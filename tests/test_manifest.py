@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from errors import DamagedError
-from layout import (
+from dicomstore.blobs.manifest import (
     BATCH_BYTES,
     DEFAULT_CHUNK_SIZE,
     Layout,
@@ -20,6 +19,7 @@ from layout import (
     plan_tail,
     shown_path,
 )
+from dicomstore.errors import DamagedError
 
 SIZES = st.integers(1, 3_000_000)
 CHUNK_SIZES = st.integers(1, 600_000) | st.sampled_from([30 * 1024, 2**18, DEFAULT_CHUNK_SIZE])

@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, pixel_array
 from pydicom.uid import UID, ImplicitVRLittleEndian, RLELossless
 
-import documents
+from dicomstore.imaging import header
 
 #: Without a window in the header, grey runs between these percentiles of the frame.
 GREY_PERCENTILES = (1.0, 99.0)
@@ -22,7 +22,7 @@ GREY_PERCENTILES = (1.0, 99.0)
 def read_dataset(image: bytes | bytearray | memoryview) -> Dataset:
     """Return the data set of a DICOM file's bytes, also of one without preamble or file meta."""
     file = io.BytesIO(image)
-    start = documents.dataset_start(file)
+    start = header.dataset_start(file)
     if start is None:
         raise ValueError("These bytes are not a DICOM file.")
     file.seek(0 if start == 132 else start)

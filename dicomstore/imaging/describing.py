@@ -25,10 +25,8 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import psutil
 
-import descriptor
-import documents
-import slides
-from errors import WorkerError
+from dicomstore.errors import WorkerError
+from dicomstore.imaging import header, slide, thumbnail
 
 Item = TypeVar("Item")
 File = Path | bytes  # a file, or what it would hold
@@ -46,6 +44,11 @@ MOST_WORKERS = 8
 #: So many files wait at a worker, so that it does not wait for the next: headers are quickly read.
 HEADERS_AHEAD = 8
 PIXELS_AHEAD = 2
+PROJECT = Path(__file__).resolve().parents[2]
+WORKER = (
+    "import sys; sys.path.insert(0, sys.argv[1]); "
+    "from dicomstore.imaging.describing import main; main()"
+)
 WITHOUT_WORKERS = "Load with descriptors=False, or allow more memory and more processes."
 
 
@@ -57,7 +60,7 @@ class Description(NamedTuple):
     members : dict or None
         The searchable part of its document; None if it is neither DICOM nor a slide.
     descriptor : list of int or None
-        As :func:`descriptor.of_file` makes it; None if it was not asked for, or has none.
+        As :func:`thumbnail.of_file` makes it; None if it was not asked for, or has none.
     modified : int or None
         When it had been modified last as it was opened, in ns; None for content in memory.
     given_up : bool
@@ -133,10 +136,10 @@ def describe_all(
 
 def _describe(file: File, pixels: bool) -> Description:
     with _opened(file) as (opened, modified):
-        members = documents.describe(opened)
+        members = header.describe(opened)
         if members is None and isinstance(file, Path):
-            members = slides.describe(file)
-        seen = descriptor.of_file(opened, members) if pixels and members else None
+            members = slide.describe(file)
+        seen = thumbnail.of_file(opened, members) if pixels and members else None
         return Description(members, seen, modified)
 
 
@@ -151,7 +154,7 @@ def _by_header_alone(file: File) -> Description | OSError:
     """Describe what was too much for a worker, with Python alone."""
     try:
         with _opened(file) as (opened, modified):
-            members = documents.describe(opened)
+            members = header.describe(opened)
     except OSError as error:
         return error
     if members is None:
@@ -181,7 +184,7 @@ class _Worker:
         self.ready = self.ended = False
         try:
             self.process = subprocess.Popen(
-                [sys.executable, __file__],
+                [sys.executable, "-c", WORKER, os.fspath(PROJECT)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -298,7 +301,3 @@ def main() -> None:
                 answer = None  # the asking process tries, and sees why
             answers.write(json.dumps(answer).encode() + b"\n")
             answers.flush()
-
-
-if __name__ == "__main__":
-    main()

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from operator import index
 from typing import Any
 
-from errors import DicomRedisError
-from layout import BATCH_BYTES, KEYS_PER_COMMAND, Layout
+from dicomstore.blobs.manifest import BATCH_BYTES, KEYS_PER_COMMAND, Layout
+from dicomstore.errors import DicomRedisError
 
 #: Chunks kept by default (bytes): a slide reader comes back to the same ones.
 CACHE_BYTES = 64 * 1024 * 1024

@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 
-import documents
-import pixels
+from dicomstore.imaging import header, rendering
 
 #: Of the thumbnail, in pixels. 64 small integers take 0.6 kB in RedisJSON, 121 take 1.5 kB, and
 #: find no more images of the same series; nor does removing mean and contrast.
@@ -34,7 +33,7 @@ def of_file(file: BinaryIO, members: Mapping[str, Any]) -> list[int] | None:
     file : binary file, seekable
         Its position is not kept.
     members : mapping
-        What :func:`documents.describe` says of it.
+        What :func:`header.describe` says of it.
 
     Returns
     -------
@@ -42,28 +41,28 @@ def of_file(file: BinaryIO, members: Mapping[str, Any]) -> list[int] | None:
         ``DIMENSIONS`` grey levels, 0 to 255, row by row; None if the file has no pixels, cannot
         be decoded, or is larger than ``FRAME_LIMIT``.
     """
-    header = members.get("header", {})
+    attributes = members.get("header", {})
     try:
-        samples = header.get("SamplesPerPixel", 1)
-        bits = header["Rows"] * header["Columns"] * samples * header["BitsAllocated"]
-        frames = int(header.get("NumberOfFrames", 1))
+        samples = attributes.get("SamplesPerPixel", 1)
+        bits = attributes["Rows"] * attributes["Columns"] * samples * attributes["BitsAllocated"]
+        frames = int(attributes.get("NumberOfFrames", 1))
         if not 0 < bits <= 8 * FRAME_LIMIT:
             return None
-        with documents.quietly():
-            syntax = documents.dataset_syntax(file)
+        with header.quietly():
+            syntax = header.dataset_syntax(file)
             if syntax == DeflatedExplicitVRLittleEndian:
                 file, syntax = _inflated(file), ExplicitVRLittleEndian
-            limit = FRAME_LIMIT + documents.READ_LIMIT
-            bounded = cast(BinaryIO, documents.Bounded(file, limit))
-            image = pixels.render_file(bounded, frames // 2, syntax, longest=LONGEST_SIDE)
+            limit = FRAME_LIMIT + header.READ_LIMIT
+            bounded = cast(BinaryIO, header.Bounded(file, limit))
+            image = rendering.render_file(bounded, frames // 2, syntax, longest=LONGEST_SIDE)
         return of_array(image)
-    except documents.UNREADABLE:
+    except header.UNREADABLE:
         return None
 
 
 def _inflated(file: BinaryIO) -> BinaryIO:
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    return io.BytesIO(inflater.decompress(file.read(documents.READ_LIMIT), FRAME_LIMIT))
+    return io.BytesIO(inflater.decompress(file.read(header.READ_LIMIT), FRAME_LIMIT))
 
 
 def of_array(image: NDArray[Any]) -> list[int]:
@@ -96,7 +95,7 @@ def of_array(image: NDArray[Any]) -> list[int]:
     if image.dtype != np.uint8:
         if not np.isfinite(levels).all():
             raise ValueError("The array has values that are not finite.")
-        levels = pixels.stretched(levels)
+        levels = rendering.stretched(levels)
     if levels.ndim == 3:
         levels = levels @ np.array(LUMINANCE)
     for axis in (0, 1):

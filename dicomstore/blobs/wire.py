@@ -26,7 +26,7 @@ import redis
 import redis.asyncio
 from imagecodecs import deflate_crc32
 
-from errors import DamagedError, DicomRedisError, MissingChunkError, ServerError
+from dicomstore.errors import DamagedError, DicomRedisError, MissingChunkError, ServerError
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")

@@ -18,7 +18,7 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbconvert import HTMLExporter
 from traitlets.config import Config
 
-PROJECT = Path(__file__).resolve().parent
+PROJECT = Path(__file__).resolve().parent.parent
 NOTEBOOK = PROJECT / "dicom_redis.ipynb"
 CELL_TIMEOUT_S = 600
 #: Cells with this tag hold the answer of a scenario; it is printed again at the end.

@@ -53,3 +53,7 @@ class DamagedError(DicomRedisError, ValueError):
 
 class WorkerError(DicomRedisError, RuntimeError):
     """No process can be started to decode pixels in."""
+
+
+class RedisServerError(DicomRedisError, RuntimeError):
+    """The embedded server cannot be installed or started; the message says what to do."""

@@ -1,0 +1,32 @@
+"""DICOM files in Redis: one JSON document a file, its bytes as string chunks, one search index.
+
+>>> from dicomstore import DicomStore, connect
+>>> store = DicomStore(connect())
+>>> report = store.load("data/dicom")
+>>> image = store.read("CT_small.dcm")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dicomstore.catalogue.query import not_, words
+    from dicomstore.store import DicomStore, connect
+
+#: The public names and the rooms that they live in. A room is entered at the first use of its name:
+#: the installer of the embedded server and the worker processes need none of the others.
+_ROOMS = {
+    "DicomStore": "dicomstore.store",
+    "connect": "dicomstore.store",
+    "not_": "dicomstore.catalogue.query",
+    "words": "dicomstore.catalogue.query",
+}
+__all__ = ["DicomStore", "connect", "not_", "words"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_ROOMS[name]), name)
