@@ -25,7 +25,8 @@ from dicomstore.blobs.manifest import BATCH_BYTES, DEFAULT_CHUNK_SIZE, document_
 from dicomstore.blobs.wire import ChunkStream, fresh_buffer, run
 from dicomstore.errors import DicomRedisError, NotStoredError, RedisServerError
 from dicomstore.imaging import slide
-from dicomstore.store import Client, DicomStore, connect
+from dicomstore.server.connection import Client, connect
+from dicomstore.store import DicomStore
 
 PROJECT = Path(__file__).resolve().parent
 SLIDES_FOLDER = PROJECT / "data" / "svs"

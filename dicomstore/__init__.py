@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dicomstore.catalogue.query import not_, words
-    from dicomstore.store import DicomStore, connect
+    from dicomstore.server.connection import connect
+    from dicomstore.store import DicomStore
 
 #: The public names and the rooms that they live in. A room is entered at the first use of its name:
 #: the installer of the embedded server and the worker processes need none of the others.
 _ROOMS = {
     "DicomStore": "dicomstore.store",
-    "connect": "dicomstore.store",
+    "connect": "dicomstore.server.connection",
     "not_": "dicomstore.catalogue.query",
     "words": "dicomstore.catalogue.query",
 }

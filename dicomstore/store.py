@@ -32,9 +32,7 @@ import pandas as pd
 import pydicom
 import redis
 from numpy.typing import NDArray
-from redis.backoff import ExponentialBackoff
-from redis.exceptions import NoPermissionError, RedisClusterException
-from redis.retry import Retry
+from redis.exceptions import NoPermissionError
 from tqdm import tqdm
 
 from dicomstore.blobs.manifest import (
@@ -80,11 +78,11 @@ from dicomstore.catalogue.query import not_ as not_
 from dicomstore.catalogue.query import words as words
 from dicomstore.errors import (
     AmbiguousNameError,
-    AnotherImageError,
     DamagedError,
+    DifferentImageError,
     MissingChunkError,
-    NoDescriptorError,
     NotDicomError,
+    NoThumbnailError,
     NotIndexedError,
     NotStoredError,
     SearchError,
@@ -94,20 +92,22 @@ from dicomstore.errors import (
 from dicomstore.imaging import header, thumbnail
 from dicomstore.imaging.describing import Description, describe_all
 from dicomstore.loading import CHANGED, Load, Progress, modified, read_whole, sha256_of, walk
-
-Client = redis.Redis | redis.RedisCluster
-#: redis-py derives what it says of a cluster from nothing else.
-REDIS_ERRORS = (redis.RedisError, RedisClusterException)
+from dicomstore.server.connection import (
+    COORDINATED_ENGINE,
+    OWN_REDIS,
+    REDIS_ERRORS,
+    SOCKET_TIMEOUT_S,
+    Client,
+)
+from dicomstore.server.connection import (
+    _binary_client as binary_client,
+)
+from dicomstore.server.connection import connect as connect
 
 LEASE_MS = 5000
 #: Chunks that expire do so this much later than their document. Longer than a lease, so that a load
 #: that stalls before its commit cannot leave a document that outlives its chunks.
 CHUNKS_OUTLIVE_MS = 60_000
-#: The first search engine whose nodes answer for a whole Redis Cluster, that of Redis 8.
-COORDINATED_ENGINE = 80_000
-#: Longer than a search may take, and with few retries: redis-py would by default send a slow
-#: command again and again.
-SOCKET_TIMEOUT_S = 30.0
 #: How often a read or a load starts over when the file is replaced under it.
 ATTEMPTS = 20
 PARTIAL_HEADER = "its header could be read only in part"
@@ -121,10 +121,6 @@ SWEEP_PAGE = 10_000
 LOOK_UP = 32
 #: What has to be known of a stored file before it is loaded again.
 CURRENT_MEMBERS = (*STORAGE_MEMBERS, "sopInstanceUID", "rows", "headerPartial", DESCRIPTOR)
-OWN_REDIS = (
-    "Use Redis 8 or Redis Stack (`docker compose up -d`), or leave REDIS_URL unset for the "
-    "embedded server."
-)
 NO_COORDINATOR = (
     "The search engine of this Redis Cluster answers for one of its nodes alone: to search, use a "
     "cluster of Redis 8, or Redis Enterprise or Redis Cloud behind their single endpoint."
@@ -133,96 +129,6 @@ CHUNK_KEY = re.compile(rf"{CHUNK_PREFIX}({DOCUMENT_PREFIX}.+):([0-9a-f]{{12}}):(
 
 
 Hit = tuple[str, Mapping[bytes, bytes]]
-
-
-# --- connecting ----------------------------------------------------------------------------------
-
-
-def connect(url: str | None = None) -> Client:
-    """Return a client of the Redis at `url`, else at ``$REDIS_URL``, else of the embedded one.
-
-    Parameters
-    ----------
-    url : str, optional
-        As redis-py reads it: ``redis://user:password@host:port``, ``rediss://`` for TLS (with
-        ``?ssl_ca_certs=...``) or ``unix://path?password=...``.
-
-    Returns
-    -------
-    redis.Redis or redis.RedisCluster
-        Another client of the same server at every call; for a node of a Redis Cluster one of the
-        whole cluster.
-
-    Raises
-    ------
-    ServerError
-        If the URL cannot be read, or the server cannot be reached or refuses the login.
-    RedisServerError
-        If the embedded server is wanted and cannot start.
-    """
-    url = url or os.environ.get("REDIS_URL")
-    if not url:
-        # Here, since only who has no Redis needs it.
-        from dicomstore.server.embedded import shared_server
-
-        url = shared_server().url
-    options: dict[str, Any] = {
-        "socket_timeout": SOCKET_TIMEOUT_S,
-        "socket_connect_timeout": 5,
-        "socket_read_size": DEFAULT_CHUNK_SIZE,
-        "retry": Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=3),
-    }
-    try:
-        client = redis.Redis.from_url(url, **options)
-        client.ping()
-        if _is_cluster_node(client):
-            client.close()
-            return redis.RedisCluster.from_url(url, **options)
-    except (TypeError, ValueError):
-        # Not `from error`: it may quote a piece of the password.
-        raise ServerError(
-            "REDIS_URL cannot be read: write it as redis://user:password@host:port, rediss://... "
-            "or unix://..., with / # ? @ : % in the password as %2F %23 %3F %40 %3A %25."
-        ) from None
-    except redis.AuthenticationError as error:
-        raise ServerError(
-            "Redis refuses the login: user or password is wrong or missing. Check REDIS_URL."
-        ) from error
-    except (*REDIS_ERRORS, OSError) as error:
-        raise ServerError(f"Redis cannot be used: {error}. Check REDIS_URL.") from error
-    return client
-
-
-def _is_cluster_node(client: redis.Redis) -> bool:
-    hello = client.execute_command("HELLO")
-    members = hello if isinstance(hello, dict) else dict(zip(hello[::2], hello[1::2], strict=True))
-    return (members.get(b"mode") or members.get("mode")) in (b"cluster", "cluster")
-
-
-def _binary_client(client: Client) -> Client:
-    """Return `client`, or a copy that hands out bytes and speaks RESP3, as this module needs."""
-    if isinstance(client, redis.RedisCluster):
-        settings = client.get_connection_kwargs()
-        if settings.get("decode_responses") or str(settings.get("protocol") or 3) != "3":
-            raise ServerError(
-                "This cluster client decodes responses or does not speak RESP3: make it with "
-                "connect()."
-            )
-        return client
-    pool = client.connection_pool
-    settings = dict(pool.connection_kwargs)
-    if settings.get("db"):
-        raise ServerError(
-            f"Database {settings['db']} cannot be used: RediSearch indexes database 0 alone. "
-            "Leave the number out of REDIS_URL."
-        )
-    if not settings.get("decode_responses") and str(settings.get("protocol") or 3) == "3":
-        # The same connections, but replies as they come: client.json() has redis-py parse them.
-        return redis.Redis(connection_pool=pool)
-    settings.update(decode_responses=False, protocol=3)
-    return redis.Redis(
-        connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **settings)
-    )
 
 
 @contextlib.contextmanager
@@ -308,7 +214,7 @@ class DicomStore:
         self.renew = renew
         self.source = None if source is None else Path(source).resolve()
         self.hits = self.misses = 0
-        self._client = _binary_client(client)
+        self._client = binary_client(client)
         self._leases = _Leases(self._client)
         self._index_known = False
         self._index = IndexInfo({}, frozenset())
@@ -462,7 +368,7 @@ class DicomStore:
         ------
         NotDicomError
             If the bytes are not DICOM or the data set cannot be written.
-        AnotherImageError
+        DifferentImageError
             If the path holds another image and `replace` is not set.
         SearchError
             If the image is stored, but the index does not take its document.
@@ -1168,7 +1074,7 @@ class DicomStore:
             self._load([Load(path_of(key), file, strict=True)], replace=False)
         except ServerError:
             raise
-        except (OSError, NotDicomError, DamagedError, AnotherImageError) as error:
+        except (OSError, NotDicomError, DamagedError, DifferentImageError) as error:
             return getattr(error, "strerror", None) or str(error)
         return ""
 
@@ -1448,7 +1354,7 @@ class DicomStore:
 
         Raises
         ------
-        NoDescriptorError
+        NoThumbnailError
             If the stored file has no pixels or none that could be decoded.
         NotStoredError, AmbiguousNameError
             If the name is not that of one stored file.
@@ -1463,7 +1369,7 @@ class DicomStore:
         if isinstance(image, str):
             own_key, members = self._lookup(image, (DESCRIPTOR,))
             if DESCRIPTOR not in members:
-                raise NoDescriptorError(
+                raise NoThumbnailError(
                     f"{shown_path(own_key)} cannot be compared: it has no pixels, or was loaded "
                     "with descriptors=False (load it again without), or could not be decoded."
                 )
@@ -1799,7 +1705,7 @@ def _refuse_another_image(
 ) -> None:
     stored, new = current.members.get("sopInstanceUID"), members.get("sopInstanceUID")
     if not replace and stored and new and stored != new:
-        raise AnotherImageError(
+        raise DifferentImageError(
             f"{key} holds another image (another SOP Instance UID): load with under='a folder' to "
             "keep both, or with replace=True"
         )

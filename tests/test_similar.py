@@ -15,7 +15,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from samples import dicom
 
-from dicomstore.errors import NoDescriptorError, NotStoredError
+from dicomstore.errors import NoThumbnailError, NotStoredError
 from dicomstore.imaging import header, rendering, thumbnail
 from dicomstore.store import DicomStore
 
@@ -271,7 +271,7 @@ def test_what_has_no_pixels_says_so(store, client):
     DicomStore(client, progress=False, descriptors=False).put("off", grey(ramp()))
     store.put("image", grey(ramp()))
     for name in ("none", "off"):
-        with pytest.raises(NoDescriptorError, match=f"file:{name} .*no pixels"):
+        with pytest.raises(NoThumbnailError, match=f"file:{name} .*no pixels"):
             store.similar(name)
     assert store.similar("image").empty
     assert len(store.find()) == 3

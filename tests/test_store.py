@@ -22,8 +22,8 @@ from samples import PREAMBLE, dicom, element, sha256_of
 import dicomstore.store as store_module
 from dicomstore.blobs import manifest
 from dicomstore.errors import (
-    AnotherImageError,
     DicomRedisError,
+    DifferentImageError,
     MissingChunkError,
     NotDicomError,
     NotStoredError,
@@ -297,7 +297,7 @@ def test_another_image_under_the_same_path(store, client, tmp_path):
     row = row_of(store.load(tmp_path), "IM1")
     assert row["status"] == "skipped" and "SOP Instance UID" in row["reason"]
     assert store.read("IM1") == first
-    with pytest.raises(AnotherImageError, match="file:IM1"):
+    with pytest.raises(DifferentImageError, match="file:IM1"):
         store.put("IM1", second)
     assert row_of(store.load(tmp_path, under="cd2"), "cd2/IM1")["status"] == "loaded"
     assert row_of(store.load(tmp_path, replace=True), "IM1")["status"] == "replaced"
@@ -774,7 +774,7 @@ def test_a_race_with_another_image(client):
     other, store = DicomStore(client, progress=False), WithHook(client, progress=False)
     image = dicom(SOPInstanceUID="1.2.3")
     store.hook = lambda layout: other.put("a", image)
-    with pytest.raises(AnotherImageError):
+    with pytest.raises(DifferentImageError):
         store.put("a", dicom(SOPInstanceUID="1.2.4"))
     assert store.read("a") == image
     assert_no_orphans(client)
