@@ -270,7 +270,7 @@ def times_by_size(store: DicomStore, names: Iterable[str]) -> pd.DataFrame:
     """Return the median times (ms) to read a part and the whole of each file, by its size."""
     rows = {}
     for name in names:
-        size = store.layout(name).size
+        size = store.manifest(name).size
         buffer = bytearray(size)
 
         def part(name: str = name, size: int = size) -> None:

@@ -21,10 +21,11 @@ from pathlib import Path
 
 import psutil
 
-from dicomstore.blobs.manifest import BATCH_BYTES, DEFAULT_CHUNK_SIZE, document_key
+from dicomstore.blobs.manifest import BATCH_BYTES, DEFAULT_CHUNK_SIZE
 from dicomstore.blobs.wire import ChunkStream, fresh_buffer, run
 from dicomstore.errors import DicomRedisError, NotStoredError, RedisServerError
 from dicomstore.imaging import slide
+from dicomstore.keys import document_key
 from dicomstore.server.connection import Client, connect
 from dicomstore.store import DicomStore
 
@@ -114,16 +115,16 @@ def retrieve(
 
     async def transfer() -> tuple[memoryview | None, float, float]:
         started = time.perf_counter()
-        layout = store.layout(name)
-        buffer = None if into else fresh_buffer(layout.size)
+        manifest = store.manifest(name)
+        buffer = None if into else fresh_buffer(manifest.size)
         before = time.perf_counter()
         async with ChunkStream(store.client, connections=connections, timeout=timeout) as stream:
             connected = time.perf_counter()
             if into:
                 with into.open("wb") as file:
-                    await stream.copy(layout.chunks(), file.write)
+                    await stream.copy(manifest.chunks(), file.write)
             else:
-                await stream.fetch(layout.chunks(), buffer)
+                await stream.fetch(manifest.chunks(), buffer)
             finished = time.perf_counter()
         return buffer, (finished - started) * 1000, (connected - before) * 1000
 

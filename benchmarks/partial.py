@@ -268,7 +268,7 @@ def targets(small: DicomStore, slide: Stored, cine: Stored, times: Times, rounds
     for _ in range(50):
         for stored, taken in opening.items():
             taken.append(timed(partial(small.open, stored)))
-    count = small.layout(f"small/{name}").count
+    count = small.manifest(f"small/{name}").count
     small.delete(f"small/{name}")
     large_ms, small_ms = map(statistics.median, opening.values())
     more = small_ms - large_ms

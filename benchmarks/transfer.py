@@ -29,7 +29,7 @@ sys.path.insert(0, str(PROJECT))
 
 import svs_speed_test as speed  # noqa: E402 - the project is not installed, but run in place
 from demo.slide import write_sample_slide  # noqa: E402
-from dicomstore.blobs.manifest import DEFAULT_CHUNK_SIZE, Layout  # noqa: E402
+from dicomstore.blobs.manifest import DEFAULT_CHUNK_SIZE, Manifest  # noqa: E402
 from dicomstore.blobs.wire import ChunkStream, fresh_buffer, run  # noqa: E402
 from dicomstore.server.embedded import BUILD_FOLDER, RedisServer  # noqa: E402
 from dicomstore.store import DicomStore, connect  # noqa: E402
@@ -70,8 +70,8 @@ class Bench:
     def name(self, chunk_size: int) -> str:
         return f"{chunk_size}/{self.file.name}"
 
-    def layout(self, chunk_size: int) -> Layout:
-        return self.stores[chunk_size].layout(self.name(chunk_size))
+    def manifest(self, chunk_size: int) -> Manifest:
+        return self.stores[chunk_size].manifest(self.name(chunk_size))
 
     # --- out ---
 
@@ -108,11 +108,11 @@ class Bench:
 
     def redis_py(self) -> float:
         """MGET in batches of 8 MiB over one connection."""
-        layout = self.layout(DEFAULT_CHUNK_SIZE)
-        step = BATCH // layout.chunk_size
+        manifest = self.manifest(DEFAULT_CHUNK_SIZE)
+        step = BATCH // manifest.chunk_size
 
         def retrieve() -> bytes:
-            keys = layout.chunk_keys()
+            keys = manifest.chunk_keys()
             batches = [keys[at : at + step] for at in range(0, len(keys), step)]
             return b"".join(chunk for batch in batches for chunk in self.client.mget(batch))
 
@@ -137,7 +137,7 @@ class Bench:
         """The same without connecting, into memory that was in use before."""
 
         async def transfer() -> float:
-            chunks = self.layout(DEFAULT_CHUNK_SIZE).chunks()
+            chunks = self.manifest(DEFAULT_CHUNK_SIZE).chunks()
             async with ChunkStream(self.client) as stream:
                 start = time.perf_counter()
                 await stream.fetch(chunks, self.touched)
@@ -147,9 +147,9 @@ class Bench:
 
     def read_checked(self, *, checked: bool) -> Method:
         """`store.read` of 200 MiB with its CRC-32, or the same transfer without."""
-        layout = self.layout(DEFAULT_CHUNK_SIZE)
-        chunks = layout.chunks()[: 200 * MIB // layout.chunk_size]
-        reply = self.client.execute_command("JSON.GET", layout.key, f"$.crc[0:{len(chunks)}]")
+        manifest = self.manifest(DEFAULT_CHUNK_SIZE)
+        chunks = manifest.chunks()[: 200 * MIB // manifest.chunk_size]
+        reply = self.client.execute_command("JSON.GET", manifest.key, f"$.crc[0:{len(chunks)}]")
         crcs = json.loads(reply) if checked else None
         view = memoryview(self.touched)[: sum(length for _, length in chunks)]
 
@@ -164,10 +164,10 @@ class Bench:
 
     def c_client(self, chunk_size: int) -> Method:
         """redis-benchmark: as many GETs of a chunk as the slide has chunks, pipelined."""
-        layout = self.layout(chunk_size)
+        manifest = self.manifest(chunk_size)
         program = str(BUILD_FOLDER / "redis-benchmark")
         command = [program, "-p", str(self.port), "-a", self.password]
-        options = ["-c", "8", "-P", "4", "-n", str(layout.count), "--csv"]
+        options = ["-c", "8", "-P", "4", "-n", str(manifest.count), "--csv"]
         keys = "__rand_int__"
 
         def retrieve() -> float:
@@ -177,7 +177,7 @@ class Bench:
                 capture_output=True, text=True, check=True,
             )  # fmt: skip
             requests = float(result.stdout.splitlines()[-1].split(",")[1].strip('"'))
-            return layout.count / requests
+            return manifest.count / requests
 
         return retrieve
 

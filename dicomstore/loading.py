@@ -15,8 +15,9 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from dicomstore.blobs.manifest import BATCH_BYTES, DEFAULT_CHUNK_SIZE, document_key, shown_path
+from dicomstore.blobs.manifest import BATCH_BYTES, DEFAULT_CHUNK_SIZE
 from dicomstore.errors import DamagedError, NotDicomError, ServerError
+from dicomstore.keys import document_key, shown_path
 
 CHANGED = "changed while it was read; load it again"
 

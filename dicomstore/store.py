@@ -37,21 +37,15 @@ from tqdm import tqdm
 
 from dicomstore.blobs.manifest import (
     BATCH_BYTES,
-    CHUNK_PREFIX,
     DEFAULT_CHUNK_SIZE,
-    DOCUMENT_PREFIX,
     KEYS_PER_COMMAND,
-    LAYOUT_MEMBERS,
+    MANIFEST_MEMBERS,
     STORAGE_MEMBERS,
     Document,
-    Layout,
-    checked_path,
-    document_key,
+    Manifest,
     parse_document,
-    parse_layout,
-    path_of,
+    parse_manifest,
     plan_tail,
-    shown_path,
 )
 from dicomstore.blobs.reader import CACHE_BYTES, ChunkReader
 from dicomstore.blobs.wire import ChunkStream, crc32, run, supports
@@ -91,6 +85,14 @@ from dicomstore.errors import (
 )
 from dicomstore.imaging import header, thumbnail
 from dicomstore.imaging.describing import Description, describe_all
+from dicomstore.keys import (
+    CHUNK_PREFIX,
+    DOCUMENT_PREFIX,
+    checked_path,
+    document_key,
+    path_of,
+    shown_path,
+)
 from dicomstore.loading import CHANGED, Load, Progress, modified, read_whole, sha256_of, walk
 from dicomstore.server.connection import (
     COORDINATED_ENGINE,
@@ -433,13 +435,13 @@ class DicomStore:
     def _is_done(self, load: Load, current: _Current | None) -> bool:
         """Whether all of a file is stored; if only its descriptor is not, its row says so too."""
         document = current and current.document
-        if current is None or document is None or not 0 < load.size() == document.layout.size:
+        if current is None or document is None or not 0 < load.size() == document.manifest.size:
             return False
         with load.opened() as file:
             if not self._holds(current, load.row["size"], sha256_of(file)):
                 return False
         reason = PARTIAL_HEADER if "headerPartial" in current.members else ""
-        chunks = document.layout.count
+        chunks = document.manifest.count
         load.row |= {"key": load.key, "chunks": chunks, "status": "unchanged", "reason": reason}
         has_pixels, described = "rows" in current.members, DESCRIPTOR in current.members
         return described or not has_pixels or not self.descriptors
@@ -495,39 +497,39 @@ class DicomStore:
         key, size = load.key, load.row["size"]
         tail = plan_tail(size, self.chunk_size)
         for _ in range(ATTEMPTS):
-            layout = Layout(key, secrets.token_hex(6), size, self.chunk_size, tail)
+            manifest = Manifest(key, secrets.token_hex(6), size, self.chunk_size, tail)
             try:
-                with self._leases.held(layout.lease):
-                    sha256, crc = self._send(layout, file, progress.sent)
+                with self._leases.held(manifest.lease):
+                    sha256, crc = self._send(manifest, file, progress.sent)
                     if self.ttl is not None:
-                        self._expire(layout)
+                        self._expire(manifest)
                     if modified(file) not in (None, load.modified):
                         raise OSError(errno.EIO, CHANGED)
                     document = {
                         "imageName": shown_path(load.path.rpartition("/")[2]),
                         "size": size,
                         "sha256": sha256,
-                        "version": layout.version,
-                        "chunkSize": layout.chunk_size,
+                        "version": manifest.version,
+                        "chunkSize": manifest.chunk_size,
                         "tail": tail,
                         "crc": crc,
-                        "chunks": [layout.chunk_key(n) for n in range(layout.count)],
+                        "chunks": [manifest.chunk_key(n) for n in range(manifest.count)],
                         **members,
                     }
-                    status = self._commit(layout, document, replace)
+                    status = self._commit(manifest, document, replace)
             except BaseException as error:
                 # What cannot be taken back now, `sweep` finds once the lease has run out.
                 with contextlib.suppress(*REDIS_ERRORS):
-                    self._abandon(layout)
+                    self._abandon(manifest)
                 if isinstance(error, REDIS_ERRORS):
                     raise ServerError(
                         f"{key} could not be stored: {_server_words(error)}"
                     ) from None
                 raise
-            if status is None and self._abandon(layout):
+            if status is None and self._abandon(manifest):
                 status = "loaded" if current is None else "replaced"
             if status is not None:
-                load.row |= {"key": key, "chunks": layout.count, "status": status}
+                load.row |= {"key": key, "chunks": manifest.count, "status": status}
                 return
         raise ServerError(
             f"{key} could not be stored: its lease of {LEASE_MS} ms ran out {ATTEMPTS} times. The "
@@ -553,16 +555,16 @@ class DicomStore:
         If so, it is made to last as long as what this store loads.
         """
         document = current.document
-        if document is None or document.sha256 != sha256 or document.layout.size != size:
+        if document is None or document.sha256 != sha256 or document.manifest.size != size:
             return False
-        if document.layout.chunk_size != self.chunk_size:
+        if document.manifest.chunk_size != self.chunk_size:
             return False
-        layout = document.layout
-        there = sum(self._with_keys("EXISTS", layout.chunk_keys()))
-        return bool(there == layout.count) and self._prolong(document)
+        manifest = document.manifest
+        there = sum(self._with_keys("EXISTS", manifest.chunk_keys()))
+        return bool(there == manifest.count) and self._prolong(document)
 
     def _send(
-        self, layout: Layout, file: BinaryIO, sent: Callable[[int], None]
+        self, manifest: Manifest, file: BinaryIO, sent: Callable[[int], None]
     ) -> tuple[str, list[int]]:
         """Send the chunks; return SHA-256 and the chunks' CRC-32 of the very bytes sent."""
         sha256 = hashlib.sha256()
@@ -578,45 +580,45 @@ class DicomStore:
             sent(count)
             return count
 
-        if self._is_streamed(layout):
-            chunks = layout.chunks()
+        if self._is_streamed(manifest):
+            chunks = manifest.chunks()
             self._stream(lambda stream: stream.send(chunks, read))
         else:
             with self._client.pipeline(transaction=False) as pipe:
-                for batch in layout.batches():
+                for batch in manifest.batches():
                     for number in batch:
-                        chunk = memoryview(bytearray(layout.length(number)))
+                        chunk = memoryview(bytearray(manifest.length(number)))
                         read([chunk])
-                        pipe.set(layout.chunk_key(number), chunk)
+                        pipe.set(manifest.chunk_key(number), chunk)
                     pipe.execute()
         if file.read(1):
             raise OSError(errno.EIO, CHANGED)
         return sha256.hexdigest(), crc
 
-    def _commit(self, layout: Layout, members: Mapping[str, Any], replace: bool) -> str | None:
+    def _commit(self, manifest: Manifest, members: Mapping[str, Any], replace: bool) -> str | None:
         """Let the document name the chunks sent; return the status, or None if the lease lapsed."""
         text = json.dumps(members, ensure_ascii=False, allow_nan=False)
-        with self._node(layout.key).pipeline() as pipe:
+        with self._node(manifest.key).pipeline() as pipe:
             while True:
-                pipe.watch(layout.key, layout.lease)
-                if not pipe.exists(layout.lease):
+                pipe.watch(manifest.key, manifest.lease)
+                if not pipe.exists(manifest.lease):
                     return None
-                current = self._current(layout.key, pipe)
+                current = self._current(manifest.key, pipe)
                 if current is not None:
-                    if self._holds(current, layout.size, members["sha256"]):
+                    if self._holds(current, manifest.size, members["sha256"]):
                         # Another loader was first, with the same bytes.
                         pipe.reset()
-                        self._unlink(layout)
+                        self._unlink(manifest)
                         return "unchanged"
-                    _refuse_another_image(layout.key, current, members, replace)
+                    _refuse_another_image(manifest.key, current, members, replace)
                 pipe.multi()
-                pipe.execute_command("JSON.SET", layout.key, "$", text)
+                pipe.execute_command("JSON.SET", manifest.key, "$", text)
                 # JSON.SET keeps the time to live that the key has.
                 if self.ttl is None:
-                    pipe.persist(layout.key)
+                    pipe.persist(manifest.key)
                 else:
-                    pipe.pexpire(layout.key, round(self.ttl * 1000))
-                pipe.delete(layout.lease)
+                    pipe.pexpire(manifest.key, round(self.ttl * 1000))
+                pipe.delete(manifest.lease)
                 try:
                     pipe.execute()
                 except redis.WatchError:
@@ -625,30 +627,30 @@ class DicomStore:
         if current is None:
             return "loaded"
         if current.document is not None:
-            self._unlink(current.document.layout)
+            self._unlink(current.document.manifest)
         return "replaced"
 
-    def _abandon(self, layout: Layout) -> bool:
+    def _abandon(self, manifest: Manifest) -> bool:
         """Take back what was sent, unless it turns out to be committed; return whether it is."""
         # Without the lease no commit still under way can succeed: it watches that key.
-        self._client.unlink(layout.lease)
+        self._client.unlink(manifest.lease)
         with contextlib.suppress(DamagedError):  # a foreign key that has taken the place
-            members = self._members(layout.key, ("version",))
-            if members is not None and members.get("version") == layout.version:
+            members = self._members(manifest.key, ("version",))
+            if members is not None and members.get("version") == manifest.version:
                 return True
-        self._unlink(layout)
+        self._unlink(manifest)
         return False
 
-    def _unlink(self, layout: Layout) -> None:
-        self._with_keys("UNLINK", [*layout.chunk_keys(), layout.lease])
+    def _unlink(self, manifest: Manifest) -> None:
+        self._with_keys("UNLINK", [*manifest.chunk_keys(), manifest.lease])
 
-    def _expire(self, layout: Layout, *, longer: bool = False) -> None:
+    def _expire(self, manifest: Manifest, *, longer: bool = False) -> None:
         """Give the chunks the time to live of this store's files and a little more, or for ever.
 
         With `longer`, none gets less time than it has.
         """
         with self._client.pipeline(transaction=False) as pipe:
-            for key in layout.chunk_keys():
+            for key in manifest.chunk_keys():
                 if self.ttl is None:
                     pipe.persist(key)
                 else:
@@ -661,12 +663,12 @@ class DicomStore:
         Never less long than it would; its chunks first, so that at no moment the document outlives
         them. Return whether it is still the stored version.
         """
-        key, version = document.key, document.layout.version
+        key, version = document.key, document.manifest.version
         node = self._node(key)
         left = node.pttl(key)
         if left == -1 or left >= below * 1000:  # -1: it does not expire, nor do its chunks
             return True
-        self._expire(document.layout, longer=True)
+        self._expire(document.manifest, longer=True)
         with node.pipeline() as pipe:
             while True:
                 pipe.watch(key)
@@ -711,7 +713,7 @@ class DicomStore:
                     continue
                 break
         if current is not None and current.document is not None:
-            self._unlink(current.document.layout)
+            self._unlink(current.document.manifest)
 
     @_server_errors()
     def sweep(self) -> pd.DataFrame:
@@ -745,30 +747,32 @@ class DicomStore:
 
         The lease is looked for before the document: a load that has neither will never commit.
         """
-        versions: dict[Layout, list[str]] = {}
+        versions: dict[Manifest, list[str]] = {}
         for key in keys:
             match = CHUNK_KEY.fullmatch(key)
             if match and document_key(path_of(match[1])) == match[1]:
-                versions.setdefault(Layout(match[1], match[2], 0, 1, ()), []).append(key)
+                versions.setdefault(Manifest(match[1], match[2], 0, 1, ()), []).append(key)
         with self._client.pipeline(transaction=False) as pipe:
-            for layout in versions:
-                pipe.exists(layout.lease)
+            for manifest in versions:
+                pipe.exists(manifest.lease)
             leased = dict(zip(versions, pipe.execute(), strict=True))
-            for layout in versions:
-                pipe.execute_command("JSON.GET", layout.key, "$.version", "$.chunks[0]")
+            for manifest in versions:
+                pipe.execute_command("JSON.GET", manifest.key, "$.version", "$.chunks[0]")
             documents = pipe.execute(raise_on_error=False)
         unnamed = []
-        for (layout, chunks), document in zip(versions.items(), documents, strict=True):
+        for (manifest, chunks), document in zip(versions.items(), documents, strict=True):
             if isinstance(document, Exception) and "wrong" not in str(document).lower():
                 raise document
             # Of a damaged document one of the two is enough: the chunks may be all that is left.
             found = json.loads(document) if isinstance(document, bytes) else {}
             named = itertools.chain.from_iterable(found.values())
-            if not leased[layout] and not {layout.version, layout.chunk_key(0)} & {
+            if not leased[manifest] and not {manifest.version, manifest.chunk_key(0)} & {
                 *map(str, named)
             }:
                 unnamed += chunks
-        return unnamed, [key for layout in versions if leased[layout] for key in versions[layout]]
+        return unnamed, [
+            key for manifest in versions if leased[manifest] for key in versions[manifest]
+        ]
 
     def _remove(self, chunks: Sequence[str]) -> list[tuple[str, str, int, int]]:
         """Unlink `chunks`; return path, version, number and bytes of what was there."""
@@ -811,15 +815,15 @@ class DicomStore:
         """
 
         def whole(document: Document) -> Any:
-            size = document.layout.size
-            if into is None and not self._is_streamed(document.layout):
+            size = document.manifest.size
+            if into is None and not self._is_streamed(document.manifest):
                 return b"".join(chunk for batch in self._batches(document) for chunk in batch)
             view = memoryview(bytearray(size) if into is None else into).cast("B")
             if len(view) < size:
                 raise ValueError(f"The buffer has {len(view)} bytes, {document.key} {size}.")
             view = view[:size]
-            if self._is_streamed(document.layout):
-                chunks = document.layout.chunks()
+            if self._is_streamed(document.manifest):
+                chunks = document.manifest.chunks()
                 self._stream(lambda stream: stream.fetch(chunks, view, crcs=document.crc))
             else:
                 position = 0
@@ -847,11 +851,11 @@ class DicomStore:
         ChunkReader
             A binary file of the version that is stored now, for pydicom, tifffile and others.
         """
-        key, members = self._lookup(name, LAYOUT_MEMBERS)
-        layout = parse_layout(key, members)
+        key, members = self._lookup(name, MANIFEST_MEMBERS)
+        manifest = parse_manifest(key, members)
         reader = ChunkReader(
-            layout,
-            lambda numbers: self._some_chunks(layout, numbers),
+            manifest,
+            lambda numbers: self._some_chunks(manifest, numbers),
             name=path_of(key),
             cache_bytes=cache_bytes,
         )
@@ -880,9 +884,9 @@ class DicomStore:
             return pydicom.dcmread(source, stop_before_pixels=True, force=True)
 
     @_server_errors()
-    def layout(self, name: str) -> Layout:
+    def manifest(self, name: str) -> Manifest:
         """Return how a stored file is cut into chunks; `name` as for :meth:`read`."""
-        return parse_layout(*self._lookup(name, LAYOUT_MEMBERS))
+        return parse_manifest(*self._lookup(name, MANIFEST_MEMBERS))
 
     @_server_errors()
     def sha256(self, name: str) -> str:
@@ -953,14 +957,14 @@ class DicomStore:
 
     def _faults(self, document: Document) -> list[str]:
         """Return what is wrong with each chunk that is not as it was stored."""
-        layout, faults = document.layout, []
-        for batch in layout.batches():
-            for number, chunk in zip(batch, self._fetch(layout, batch), strict=True):
+        manifest, faults = document.manifest, []
+        for batch in manifest.batches():
+            for number, chunk in zip(batch, self._fetch(manifest, batch), strict=True):
                 try:
-                    _check_chunks(layout, [number], [chunk], [document.crc[number]])
+                    _check_chunks(manifest, [number], [chunk], [document.crc[number]])
                 except (MissingChunkError, DamagedError):
                     what = "gone" if chunk is None else "damaged"
-                    faults.append(f"the chunk {layout.chunk_key(number)} is {what}")
+                    faults.append(f"the chunk {manifest.chunk_key(number)} is {what}")
         return faults
 
     def _each(self, label: str, action: Callable[[Document], str]) -> pd.DataFrame:
@@ -974,7 +978,7 @@ class DicomStore:
             }
 
             def act(document: Document, row: dict[str, Any] = row) -> str:
-                row["size"] = document.layout.size
+                row["size"] = document.manifest.size
                 return action(document)
 
             try:
@@ -1046,7 +1050,7 @@ class DicomStore:
                 result = action(document)
             except MissingChunkError as error:
                 now = self._members(key, ("version",))
-                if now is not None and now.get("version") == document.layout.version:
+                if now is not None and now.get("version") == document.manifest.version:
                     if not refill or self.source is None:
                         raise
                     if problem := self._refill(key):
@@ -1078,43 +1082,43 @@ class DicomStore:
             return getattr(error, "strerror", None) or str(error)
         return ""
 
-    def _fetch(self, layout: Layout, batch: range) -> list[Any]:
+    def _fetch(self, manifest: Manifest, batch: range) -> list[Any]:
         """Return the chunks of these numbers, None for those that are gone."""
-        keys = layout.chunk_keys(batch)
+        keys = manifest.chunk_keys(batch)
         return [chunk for reply in self._with_keys("MGET", keys) for chunk in reply]
 
     def _batches(self, document: Document) -> Iterator[list[bytes]]:
         """Yield the chunks in order, a batch at a time, each of its length and CRC-32."""
-        layout = document.layout
-        for batch in layout.batches():
-            chunks = self._fetch(layout, batch)
-            _check_chunks(layout, batch, chunks, [document.crc[number] for number in batch])
+        manifest = document.manifest
+        for batch in manifest.batches():
+            chunks = self._fetch(manifest, batch)
+            _check_chunks(manifest, batch, chunks, [document.crc[number] for number in batch])
             yield chunks
 
     @_server_errors()
-    def _some_chunks(self, layout: Layout, numbers: Sequence[int]) -> list[bytes]:
+    def _some_chunks(self, manifest: Manifest, numbers: Sequence[int]) -> list[bytes]:
         """Return some chunks of one version, checked, in one round trip."""
         runs = [f"$.crc[{first}:{last + 1}]" for first, last in _runs(numbers)]
         with self._client.pipeline(transaction=False) as pipe:
             # In this order: a document that is still the same had all its chunks just before.
-            self._queue(pipe, "MGET", layout.chunk_keys(numbers))
-            pipe.execute_command("JSON.GET", layout.key, "$.version", *runs)
+            self._queue(pipe, "MGET", manifest.chunk_keys(numbers))
+            pipe.execute_command("JSON.GET", manifest.key, "$.version", *runs)
             try:
                 *groups, reply = pipe.execute()
             except redis.ResponseError as error:
                 raise DamagedError(
-                    f"{layout.key} cannot be read: {_server_words(error)}. Load the file again."
+                    f"{manifest.key} cannot be read: {_server_words(error)}. Load the file again."
                 ) from None
         found = json.loads(reply or "{}")
-        if found.get("$.version") != [layout.version]:
+        if found.get("$.version") != [manifest.version]:
             raise MissingChunkError(
-                f"{layout.key} was replaced or deleted since it was opened. Open it again."
+                f"{manifest.key} was replaced or deleted since it was opened. Open it again."
             )
         crcs = [crc for run_of in runs for crc in found[run_of]]
         if len(crcs) != len(numbers):
-            raise DamagedError(f"The document {layout.key} is damaged: CRCs are missing.")
+            raise DamagedError(f"The document {manifest.key} is damaged: CRCs are missing.")
         chunks = [chunk for group in groups for chunk in group]
-        _check_chunks(layout, numbers, chunks, crcs)
+        _check_chunks(manifest, numbers, chunks, crcs)
         return chunks
 
     def _copy(self, document: Document, write: Callable[[Any], object]) -> None:
@@ -1125,8 +1129,8 @@ class DicomStore:
             sha256.update(piece)
             write(piece)
 
-        if self._is_streamed(document.layout):
-            chunks = document.layout.chunks()
+        if self._is_streamed(document.manifest):
+            chunks = document.manifest.chunks()
             self._stream(lambda stream: stream.copy(chunks, pass_on, crcs=document.crc))
         else:
             for batch in self._batches(document):
@@ -1138,9 +1142,9 @@ class DicomStore:
                 f"{LOAD_AGAIN}"
             )
 
-    def _is_streamed(self, layout: Layout) -> bool:
+    def _is_streamed(self, manifest: Manifest) -> bool:
         """Whether connections of its own pay for a file, and can be made."""
-        return layout.size > BATCH_BYTES and supports(self._client)
+        return manifest.size > BATCH_BYTES and supports(self._client)
 
     def _stream(self, work: Callable[[ChunkStream], Awaitable[None]]) -> None:
         async def whole() -> None:
@@ -1590,7 +1594,7 @@ class DicomStore:
 
 
 def _check_chunks(
-    layout: Layout,
+    manifest: Manifest,
     numbers: Sequence[int],
     chunks: Sequence[bytes | None],
     crcs: Sequence[int],
@@ -1598,16 +1602,10 @@ def _check_chunks(
     """Raise if a chunk is gone, or is not of its length and CRC-32."""
     missing = [n for n, chunk in zip(numbers, chunks, strict=True) if chunk is None]
     if missing:
-        raise MissingChunkError(
-            f"{len(missing)} of the {layout.count} chunks of {layout.key} are gone, first "
-            f"{layout.chunk_key(missing[0])}. Load the file again."
-        )
+        raise MissingChunkError.of([manifest.chunk_key(n) for n in missing])
     for number, chunk, crc in zip(numbers, chunks, crcs, strict=True):
-        if chunk is None or len(chunk) != layout.length(number) or crc32(chunk) != crc:
-            raise DamagedError(
-                f"The chunk {layout.chunk_key(number)} is damaged: {len(chunk or b'')} bytes where "
-                f"{layout.length(number)} were stored, or other ones. {LOAD_AGAIN}"
-            )
+        if chunk is None or len(chunk) != manifest.length(number) or crc32(chunk) != crc:
+            raise DamagedError.of(manifest.chunk_key(number))
 
 
 def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -247,9 +247,9 @@ def damage(count):
             store.put(path, image)
         for _ in range(count):
             path, other = random.sample(sorted(images), 2)
-            layout = store.layout(path)
-            key = random.choice(layout.chunk_keys())
-            foreign = random.choice(store.layout(other).chunk_keys())
+            manifest = store.manifest(path)
+            key = random.choice(manifest.chunk_keys())
+            foreign = random.choice(store.manifest(other).chunk_keys())
             value = client.get(key)
             kind = random.choice(
                 ["flip", "delete", "truncate", "lengthen", "swap", "type", *DOCUMENT_EDITS]
@@ -276,16 +276,16 @@ def damage(count):
                 client.set(foreign, value)
                 undo.append(functools.partial(_restore_key, client, foreign, swapped))
             else:
-                document = client.execute_command("JSON.GET", layout.key)
+                document = client.execute_command("JSON.GET", manifest.key)
                 old = json.loads(document)[kind]
                 new = DOCUMENT_EDITS[kind](old)
                 if new == old:
                     continue
                 edit = json.dumps(new)
-                client.execute_command("JSON.SET", layout.key, f"$.{kind}", edit)
+                client.execute_command("JSON.SET", manifest.key, f"$.{kind}", edit)
                 undo = [functools.partial(
-                    client.execute_command, "JSON.SET", layout.key, "$", document)]  # fmt: skip
-                named = [layout.key]
+                    client.execute_command, "JSON.SET", manifest.key, "$", document)]  # fmt: skip
+                named = [manifest.key]
             _assert_noticed(store, images, path, kind, named, other if kind == "swap" else None)
             for step in undo:
                 step()

@@ -277,11 +277,11 @@ class Contested(DicomStore):
 
     lost = False
 
-    def _send(self, layout, file, sent):
-        digests = super()._send(layout, file, sent)
+    def _send(self, manifest, file, sent):
+        digests = super()._send(manifest, file, sent)
         if not self.lost:
             self.lost = True
-            self._client.unlink(layout.lease)
+            self._client.unlink(manifest.lease)
         return digests
 
 
@@ -302,7 +302,7 @@ def whole_run(client, folder, out):
     cache = DicomStore(client, chunk_size=1000, progress=False, ttl=60, renew=True, source=folder)
     cache.put("b.dcm", (folder / "b.dcm").read_bytes(), replace=True)
     assert list(cache.load(folder)["status"]) == ["loaded", "unchanged"]
-    client.unlink(cache.layout("a.dcm").chunk_key(0))
+    client.unlink(cache.manifest("a.dcm").chunk_key(0))
     assert cache.read("a.dcm") == (folder / "a.dcm").read_bytes()
     assert list(store.load(folder)["status"]) == ["unchanged", "unchanged"]
     store.delete("a.dcm")
@@ -316,7 +316,7 @@ def owners_run(client, folder):
     assert store.index_also("SliceThickness")["SliceThickness"] == 0
     assert list(store.find(studyDescription=not_(words("brains")))["path"]) == ["a.dcm", "b.dcm"]
     assert store.find(studyDescription=words("brain*")).empty
-    key = store.layout("a.dcm").chunk_key(0)
+    key = store.manifest("a.dcm").chunk_key(0)
     assert client.memory_usage(key) > len(client.get(key)) > 0
     client.setbit(key, 1, client.getbit(key, 1))
     assert client.dbsize() > 0 and client.info("memory")["used_memory"] > 0
@@ -488,7 +488,7 @@ def test_no_fault_tells_a_secret(server, client, tmp_path, caplog, capfd):
 
     store = DicomStore(client, chunk_size=100, progress=True, ttl=60, renew=True, source=folder)
     shown.append(store.load(folder).to_string())
-    key = store.layout("a").chunk_key(1)
+    key = store.manifest("a").chunk_key(1)
     client.set(key, b"x")
     told(lambda: store.read("a"))
     shown.append(store.verify().to_string() + store.restore(tmp_path / "out").to_string())

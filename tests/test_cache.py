@@ -28,10 +28,10 @@ def cache_of(client, **options):
 
 def times(client, store, name):
     """The time to live (s, -1 for ever) of a file's document, and the set of its chunks'."""
-    layout = store.layout(name)
+    manifest = store.manifest(name)
     chunks = {round(client.pttl(key) / 1000) if client.pttl(key) > 0 else -1
-              for key in layout.chunk_keys()}  # fmt: skip
-    return round(client.pttl(layout.key) / 1000) if client.pttl(layout.key) > 0 else -1, chunks
+              for key in manifest.chunk_keys()}  # fmt: skip
+    return round(client.pttl(manifest.key) / 1000) if client.pttl(manifest.key) > 0 else -1, chunks
 
 
 # --- expiry --------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ def test_an_expired_file_is_gone_whole(client):
     """After its time neither document nor, a little later, any chunk is there."""
     cache = cache_of(client, ttl=0.05)
     cache.put("a", IMAGE)
-    keys = cache.layout("a").chunk_keys() if client.exists("file:a") else []
+    keys = cache.manifest("a").chunk_keys() if client.exists("file:a") else []
     while client.exists("file:a"):
         pass
     with pytest.raises(NotStoredError):
@@ -106,7 +106,7 @@ def test_reading_renews_below_half_the_time(client):
     cache.put("a", IMAGE)
     for left, expected in ((60, 60), (40, 100)):
         client.pexpire("file:a", left * 1000)
-        for key in cache.layout("a").chunk_keys():
+        for key in cache.manifest("a").chunk_keys():
             client.pexpire(key, (left + 60) * 1000)
         assert cache.read("a") == IMAGE
         assert times(client, cache, "a") == (expected, {expected + 60})
@@ -122,8 +122,8 @@ def test_renewing_never_reaches_another_version(client, monkeypatch):
     client.pexpire("file:a", 1000)
     expire, short = DicomStore._expire, cache_of(client, ttl=7)
 
-    def replaced_meanwhile(self, layout, *, longer=False):
-        expire(self, layout, longer=longer)
+    def replaced_meanwhile(self, manifest, *, longer=False):
+        expire(self, manifest, longer=longer)
         if longer:
             monkeypatch.undo()
             short.put("a", dicom(Rows=9))
@@ -138,9 +138,9 @@ def test_a_file_that_expires_while_it_is_found_unchanged(client, monkeypatch):
     cache_of(client, ttl=100).put("a", IMAGE)
     expire, store = DicomStore._expire, cache_of(client)
 
-    def gone_meanwhile(self, layout, *, longer=False):
+    def gone_meanwhile(self, manifest, *, longer=False):
         client.delete("file:a")
-        expire(self, layout, longer=longer)
+        expire(self, manifest, longer=longer)
 
     monkeypatch.setattr(DicomStore, "_expire", gone_meanwhile)
     store.put("a", IMAGE)
@@ -165,7 +165,7 @@ def test_missing_chunks_come_from_the_source(client, folder):
     cache = cache_of(client, source=folder)
     cache.load(folder)
     assert cache.read("a.dcm") == IMAGE and (cache.hits, cache.misses) == (1, 0)
-    client.unlink(cache.layout("a.dcm").chunk_key(2))
+    client.unlink(cache.manifest("a.dcm").chunk_key(2))
     assert cache.read("a.dcm") == IMAGE and (cache.hits, cache.misses) == (1, 1)
     assert cache.read("a.dcm") == IMAGE and (cache.hits, cache.misses) == (2, 1)
     assert cache.verify()["status"].eq("ok").all()
@@ -187,7 +187,7 @@ def test_only_reading_loads_again(client, folder):
     """Verify reports what is gone, and delete does not bring a file back."""
     cache = cache_of(client, source=folder)
     cache.load(folder)
-    client.unlink(cache.layout("a.dcm").chunk_key(0))
+    client.unlink(cache.manifest("a.dcm").chunk_key(0))
     assert sorted(cache.verify()["status"]) == ["damaged", "ok"]
     client.delete("file:sub/a.dcm")
     with pytest.raises(NotStoredError):
@@ -199,7 +199,7 @@ def test_without_a_source_the_chunks_are_named(client, folder):
     """Without a source, and where the source has no such file, the read names what is gone."""
     cache = cache_of(client)
     cache.load(folder)
-    key = cache.layout("a.dcm").chunk_key(1)
+    key = cache.manifest("a.dcm").chunk_key(1)
     client.unlink(key)
     with pytest.raises(MissingChunkError, match=key):
         cache.read("a.dcm")
@@ -212,7 +212,7 @@ def test_the_source_holds_another_image_now(client, folder):
     """A source file that was replaced by another image is not taken for the one that was stored."""
     cache = cache_of(client, source=folder)
     cache.load(folder)
-    client.unlink(cache.layout("a.dcm").chunk_key(1))
+    client.unlink(cache.manifest("a.dcm").chunk_key(1))
     (folder / "a.dcm").write_bytes(dicom(SOPInstanceUID="1.9"))
     with pytest.raises(MissingChunkError, match="another image"):
         cache.read("a.dcm")
@@ -249,8 +249,8 @@ def test_many_readers_fill_one_gap(server, client, folder):
             read.append(cache.read("a.dcm"))
 
     for number in range(5):
-        layout = cache_of(client).layout("a.dcm")
-        client.unlink(layout.chunk_key(number))
+        manifest = cache_of(client).manifest("a.dcm")
+        client.unlink(manifest.chunk_key(number))
         threads = [threading.Thread(target=work) for _ in range(6)]
         for thread in threads:
             thread.start()

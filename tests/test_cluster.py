@@ -110,7 +110,7 @@ def test_a_large_file_lies_on_all_nodes(client):
     image = dicom(pixels=os.urandom(20 * 2**20))
     store.put("large", image)
     nodes = Counter(
-        client.get_node_from_key(key).port for key in store.layout("large").chunk_keys()
+        client.get_node_from_key(key).port for key in store.manifest("large").chunk_keys()
     )
     assert len(nodes) == NODES and min(nodes.values()) > 10
     client.config_resetstat(target_nodes="primaries")
@@ -127,8 +127,8 @@ def test_a_large_file_lies_on_all_nodes(client):
 def test_document_and_lease_share_a_slot(client):
     """What is watched together lies on one node, whatever braces the path has."""
     for path in ("a", "x{y}z", "{}", "}{", "{user}/a"):
-        layout = store_module.Layout(store_module.document_key(path), "0" * 12, 1, 1, ())
-        assert client.keyslot(layout.key) == client.keyslot(layout.lease)
+        manifest = store_module.Manifest(store_module.document_key(path), "0" * 12, 1, 1, ())
+        assert client.keyslot(manifest.key) == client.keyslot(manifest.lease)
 
 
 def test_replacing_and_racing(cluster, store, client):
@@ -154,7 +154,7 @@ def test_replacing_and_racing(cluster, store, client):
     for thread in threads:
         thread.join()
     assert failures == [] and seen == {0, 1}
-    named = {key.encode() for key in store.layout("a").chunk_keys()}
+    named = {key.encode() for key in store.manifest("a").chunk_keys()}
     assert keys_of(client) == named | {b"file:a"}
 
 
@@ -172,7 +172,7 @@ def test_sweep_over_all_nodes(store, client):
 def test_damage_is_named(store, client, folder):
     """A chunk that is gone or altered on any node is named, by read and by verify."""
     store.load(folder)
-    keys = store.layout("c").chunk_keys()
+    keys = store.manifest("c").chunk_keys()
     client.setrange(keys[7], 5, b"xyz")
     client.unlink(keys[30])
     with pytest.raises(MissingChunkError, match=keys[30]):
@@ -185,12 +185,12 @@ def test_a_cache_on_a_cluster(client, folder):
     """Expiry, the way back to permanent, and the source work across nodes."""
     cache = DicomStore(client, chunk_size=1000, progress=False, ttl=100, source=folder)
     cache.load(folder)
-    keys = ["file:c", *cache.layout("c").chunk_keys()]
+    keys = ["file:c", *cache.manifest("c").chunk_keys()]
     assert {round(client.pttl(key) / 1000) for key in keys} == {100, 160}
     client.unlink(keys[5])
     assert cache.read("c") == (folder / "c").read_bytes() and cache.misses == 1
     DicomStore(client, chunk_size=1000, progress=False).load(folder)
-    assert {client.pttl(key) for key in ["file:c", *cache.layout("c").chunk_keys()]} == {-1}
+    assert {client.pttl(key) for key in ["file:c", *cache.manifest("c").chunk_keys()]} == {-1}
 
 
 def test_searches_without_a_coordinator_are_refused(store, client):

@@ -236,10 +236,10 @@ def test_what_was_stored_without_a_descriptor_gets_it(client, store, tmp_path, m
         (tmp_path / name).write_bytes((PYDICOM_FILES / name).read_bytes())
     without = DicomStore(client, progress=False, descriptors=False)
     without.load(tmp_path)
-    versions = [without.layout(name).version for name in os.listdir(tmp_path)]
+    versions = [without.manifest(name).version for name in os.listdir(tmp_path)]
     assert list(store.load(tmp_path)["status"]) == ["unchanged"] * 3
     assert list(store.similar("MR_small.dcm")["path"]) == ["CT_small.dcm"]
-    assert [store.layout(name).version for name in os.listdir(tmp_path)] == versions
+    assert [store.manifest(name).version for name in os.listdir(tmp_path)] == versions
     asked = []
 
     def describe_all(files, *arguments):

@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from samples import dicom, element, sha256_of
 
-from dicomstore.blobs.manifest import document_key, path_of, shown_path
 from dicomstore.errors import (
     AmbiguousNameError,
     DamagedError,
@@ -20,6 +19,7 @@ from dicomstore.errors import (
     MissingChunkError,
     NotStoredError,
 )
+from dicomstore.keys import document_key, path_of, shown_path
 from dicomstore.store import DicomStore
 
 NAMES = [

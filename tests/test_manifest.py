@@ -11,15 +11,12 @@ from hypothesis import strategies as st
 from dicomstore.blobs.manifest import (
     BATCH_BYTES,
     DEFAULT_CHUNK_SIZE,
-    Layout,
-    checked_path,
-    document_key,
+    Manifest,
     parse_document,
-    path_of,
     plan_tail,
-    shown_path,
 )
 from dicomstore.errors import DamagedError
+from dicomstore.keys import checked_path, document_key, path_of, shown_path
 
 SIZES = st.integers(1, 3_000_000)
 CHUNK_SIZES = st.integers(1, 600_000) | st.sampled_from([30 * 1024, 2**18, DEFAULT_CHUNK_SIZE])
@@ -27,19 +24,19 @@ VERSION = "0123456789ab"
 
 
 def layout_of(size, chunk_size, path="a/b.dcm"):
-    return Layout(document_key(path), VERSION, size, chunk_size, plan_tail(size, chunk_size))
+    return Manifest(document_key(path), VERSION, size, chunk_size, plan_tail(size, chunk_size))
 
 
-def members_of(layout):
+def members_of(manifest):
     return {
         "imageName": "b.dcm",
-        "size": layout.size,
+        "size": manifest.size,
         "sha256": "0" * 64,
-        "version": layout.version,
-        "chunkSize": layout.chunk_size,
-        "tail": list(layout.tail),
-        "crc": [0] * layout.count,
-        "chunks": [layout.chunk_key(number) for number in range(layout.count)],
+        "version": manifest.version,
+        "chunkSize": manifest.chunk_size,
+        "tail": list(manifest.tail),
+        "crc": [0] * manifest.count,
+        "chunks": [manifest.chunk_key(number) for number in range(manifest.count)],
     }
 
 
@@ -74,31 +71,31 @@ def test_a_path_that_leads_elsewhere_is_refused(path):
 @given(SIZES, CHUNK_SIZES)
 def test_chunks_cover_the_file_exactly(size, chunk_size):
     """The chunks' lengths add up to the file, the tail is at most two pieces, none is empty."""
-    layout = layout_of(size, chunk_size)
-    assert len(layout.tail) <= 2
-    assert 0 not in layout.tail
-    assert sum(layout.tail) == size % chunk_size
-    assert layout.count == size // chunk_size + len(layout.tail)
-    ends = {0, size // 2, layout.count - 1} & set(range(layout.count))
-    assert all(1 <= layout.length(number) <= chunk_size for number in ends)
+    manifest = layout_of(size, chunk_size)
+    assert len(manifest.tail) <= 2
+    assert 0 not in manifest.tail
+    assert sum(manifest.tail) == size % chunk_size
+    assert manifest.count == size // chunk_size + len(manifest.tail)
+    ends = {0, size // 2, manifest.count - 1} & set(range(manifest.count))
+    assert all(1 <= manifest.length(number) <= chunk_size for number in ends)
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 400_000), st.integers(64, 300_000))
 def test_batches_hold_every_chunk_once(size, chunk_size):
     """Batches take the chunks in order and stay within 16 MiB."""
-    layout = layout_of(size, chunk_size)
-    assert layout.chunk_keys() == [layout.chunk_key(number) for number in range(layout.count)]
-    batches = list(layout.batches())
-    assert [number for batch in batches for number in batch] == list(range(layout.count))
-    assert all(sum(map(layout.length, batch)) <= BATCH_BYTES for batch in batches)
+    manifest = layout_of(size, chunk_size)
+    assert manifest.chunk_keys() == [manifest.chunk_key(number) for number in range(manifest.count)]
+    batches = list(manifest.batches())
+    assert [number for batch in batches for number in batch] == list(range(manifest.count))
+    assert all(sum(map(manifest.length, batch)) <= BATCH_BYTES for batch in batches)
 
 
 def test_large_files_take_several_batches():
     """A batch ends at 16 MiB."""
-    layout = layout_of(100 * 2**20, DEFAULT_CHUNK_SIZE)
-    sums = [sum(map(layout.length, batch)) for batch in layout.batches()]
-    assert len(sums) == 7 and max(sums) <= BATCH_BYTES and sum(sums) == layout.size
+    manifest = layout_of(100 * 2**20, DEFAULT_CHUNK_SIZE)
+    sums = [sum(map(manifest.length, batch)) for batch in manifest.batches()]
+    assert len(sums) == 7 and max(sums) <= BATCH_BYTES and sum(sums) == manifest.size
 
 
 def test_a_tail_is_cut_where_that_saves_memory(client):
@@ -135,11 +132,11 @@ def classes():
 
 
 def test_a_sound_document_is_accepted():
-    """What the layout computes is what a document must say."""
+    """What the manifest computes is what a document must say."""
     for size in (1, 1000, 10_000, 12_345):
-        layout = layout_of(size, 1000)
-        document = parse_document(layout.key, members_of(layout))
-        assert document.layout == layout and document.key == "file:a/b.dcm"
+        manifest = layout_of(size, 1000)
+        document = parse_document(manifest.key, members_of(manifest))
+        assert document.manifest == manifest and document.key == "file:a/b.dcm"
 
 
 HUGE = 10**30
@@ -165,24 +162,24 @@ EDITS = [
 )
 def test_an_edited_document_is_refused(member, value):
     """Whatever storage member is edited in whatever way, the document is refused by its key."""
-    layout = layout_of(12_345, 1000)
-    members = members_of(layout)
+    manifest = layout_of(12_345, 1000)
+    members = members_of(manifest)
     assert repr(members[member]) != repr(value)
     with pytest.raises(DamagedError, match=r"file:a/b\.dcm"):
-        parse_document(layout.key, {**members, member: value})
+        parse_document(manifest.key, {**members, member: value})
     del members[member]
     with pytest.raises(DamagedError, match=r"file:a/b\.dcm"):
-        parse_document(layout.key, members)
+        parse_document(manifest.key, members)
 
 
 def test_a_tail_of_two_pieces_is_checked():
     """Two pieces have to be positive and to add up, even where their number is right."""
-    layout = layout_of(140_000, DEFAULT_CHUNK_SIZE)
-    members = members_of(layout)
-    assert len(layout.tail) == 2 and parse_document(layout.key, members)
+    manifest = layout_of(140_000, DEFAULT_CHUNK_SIZE)
+    members = members_of(manifest)
+    assert len(manifest.tail) == 2 and parse_document(manifest.key, members)
     for tail in ([-1, 140_001], [140_001, -1], [0, 140_000], [140_000, 0], [1, 1]):
         with pytest.raises(DamagedError):
-            parse_document(layout.key, {**members, "tail": tail})
+            parse_document(manifest.key, {**members, "tail": tail})
 
 
 @pytest.mark.parametrize("number", [0, 5, 12])
@@ -191,11 +188,11 @@ def test_a_tail_of_two_pieces_is_checked():
 )
 def test_a_document_cannot_point_at_a_foreign_key(number, other):
     """A single chunk key that is not the computed one is refused, wherever it stands."""
-    layout = layout_of(12_345, 1000)
-    members = copy.deepcopy(members_of(layout))
+    manifest = layout_of(12_345, 1000)
+    members = copy.deepcopy(members_of(manifest))
     members["chunks"][number] = other
     with pytest.raises(DamagedError, match="do not agree"):
-        parse_document(layout.key, members)
+        parse_document(manifest.key, members)
 
 
 def test_huge_numbers_cost_nothing():

@@ -18,7 +18,7 @@ from pydicom.pixels import iter_pixels, pixel_array
 
 from demo.cine import write_sample_cine
 from demo.slide import write_sample_slide
-from dicomstore.blobs.manifest import DEFAULT_CHUNK_SIZE, Layout, plan_tail
+from dicomstore.blobs.manifest import DEFAULT_CHUNK_SIZE, Manifest, plan_tail
 from dicomstore.blobs.reader import ChunkReader
 from dicomstore.errors import NotDicomError
 from dicomstore.store import DicomStore
@@ -257,12 +257,12 @@ def test_zipfile_reads_one_member(large_files):
         for name in names:
             archive.write(large_files / name, name)
     data, size = buffer.getvalue(), 65_472
-    layout = Layout("file:x", "0" * 12, len(data), size, plan_tail(len(data), size))
+    manifest = Manifest("file:x", "0" * 12, len(data), size, plan_tail(len(data), size))
 
     def fetch(numbers):
-        return [data[layout.offset(n) :][: layout.length(n)] for n in numbers]
+        return [data[manifest.offset(n) :][: manifest.length(n)] for n in numbers]
 
-    with ChunkReader(layout, fetch, name="x") as reader, zipfile.ZipFile(reader) as archive:
+    with ChunkReader(manifest, fetch, name="x") as reader, zipfile.ZipFile(reader) as archive:
         assert archive.namelist() == list(names)
         with archive.open("emri_small.dcm") as member:
             assert np.array_equal(pixel_array(member), pixel_array(large_files / "emri_small.dcm"))

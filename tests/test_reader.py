@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import dicom
 
-from dicomstore.blobs.manifest import Layout, plan_tail
+from dicomstore.blobs.manifest import Manifest, plan_tail
 from dicomstore.blobs.reader import ChunkReader
 from dicomstore.errors import AmbiguousNameError, DamagedError, MissingChunkError, NotStoredError
 from dicomstore.store import DicomStore
@@ -27,7 +27,7 @@ class Memory:
 
     def __init__(self, data, chunk_size, tail=None):
         tail = plan_tail(len(data), chunk_size) if tail is None else tail
-        self.layout = Layout("file:x", "0" * 12, len(data), chunk_size, tail)
+        self.manifest = Manifest("file:x", "0" * 12, len(data), chunk_size, tail)
         self.broken = set()
         self.asked = []
         self._data = data
@@ -36,12 +36,12 @@ class Memory:
         self.asked.append(list(numbers))
         for number in numbers:
             if number in self.broken:
-                raise MissingChunkError(self.layout.chunk_key(number))
-        starts = [(self.layout.offset(n), self.layout.length(n)) for n in numbers]
+                raise MissingChunkError(self.manifest.chunk_key(number))
+        starts = [(self.manifest.offset(n), self.manifest.length(n)) for n in numbers]
         return [self._data[start : start + length] for start, length in starts]
 
     def open(self, **options):
-        return ChunkReader(self.layout, self.fetch, name="x", **options)
+        return ChunkReader(self.manifest, self.fetch, name="x", **options)
 
 
 # --- as io.BytesIO -------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def test_any_sequence_of_calls_on_the_server_gives_what_bytesio_gives(client):
     for chunk_size in (1, 2, 100, size // 2, size - 1, size, size + 1, 262_080):
         store = DicomStore(client, chunk_size=chunk_size, progress=False)
         store.put(f"{chunk_size}.dcm", data)
-        tails.add(len(store.layout(f"{chunk_size}.dcm").tail))
+        tails.add(len(store.manifest(f"{chunk_size}.dcm").tail))
         readers.append((store, f"{chunk_size}.dcm"))
     assert tails == {0, 1, 2}
 
@@ -252,7 +252,7 @@ def test_reading_in_a_row_fetches_ahead_ever_more():
     with memory.open() as reader:
         digest = hashlib.file_digest(reader, "sha256")
     assert digest.digest() == hashlib.sha256(RANDOM * 40).digest()
-    assert sorted(chain.from_iterable(memory.asked)) == list(range(memory.layout.count))
+    assert sorted(chain.from_iterable(memory.asked)) == list(range(memory.manifest.count))
     assert len(memory.asked) < 20
     assert max(map(len, memory.asked)) == 8 * 2**20 // 20_000
     assert reader.bytes_fetched == 40 * len(RANDOM)
@@ -305,7 +305,7 @@ def test_a_little_of_many_chunks_needs_no_list_of_them(client):
     store = DicomStore(client, chunk_size=20, progress=False)
     data = dicom(pixels=RANDOM[:1_000_000])
     store.put("many.dcm", data)
-    assert store.layout("many.dcm").count > 50_000
+    assert store.manifest("many.dcm").count > 50_000
     client.config_resetstat()
     before = sent(client)
     reader = store.open("many.dcm")
@@ -364,7 +364,7 @@ def broken_store(client, harm, *, chunk_size=20_000):
     store = DicomStore(client, chunk_size=chunk_size, progress=False)
     data = dicom(pixels=RANDOM[:400_000])
     store.put("x.dcm", data)
-    key = store.layout("x.dcm").chunk_key(7)
+    key = store.manifest("x.dcm").chunk_key(7)
     harm(client, key)
     return store, data, key
 

@@ -306,14 +306,14 @@ def test_another_image_under_the_same_path(store, client, tmp_path):
 
 
 class WithHook(DicomStore):
-    """Calls `hook(layout)` when the chunks are sent and the document is not yet committed."""
+    """Calls `hook(manifest)` when the chunks are sent and the document is not yet committed."""
 
     hook = None
 
-    def _send(self, layout, file, sent):
-        digests = super()._send(layout, file, sent)
+    def _send(self, manifest, file, sent):
+        digests = super()._send(manifest, file, sent)
         if self.hook:
-            self.hook(layout)
+            self.hook(manifest)
         return digests
 
 
@@ -328,7 +328,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_stored(client, tmp_path, mo
     os.utime(path, (1, 1))
 
     class Disturbed(DicomStore):
-        def _send(self, layout, file, sent):
+        def _send(self, manifest, file, sent):
             if change == "grown":
                 with path.open("ab") as other:
                     other.write(b"more")
@@ -338,7 +338,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_stored(client, tmp_path, mo
                 with path.open("r+b") as other:
                     other.seek(30_000)
                     other.write(b"other")
-            return super()._send(layout, file, sent)
+            return super()._send(manifest, file, sent)
 
     store = Disturbed(client, chunk_size=1000, progress=False)
     row = row_of(store.load(tmp_path), "a.dcm")
@@ -442,7 +442,7 @@ def test_keys_and_members_are_as_designed(client):
     document = document_of(client, key)
     version = document["version"]
     assert re.fullmatch("[0-9a-f]{12}", version)
-    plan = manifest.Layout(key, version, len(image), 3000, manifest.plan_tail(len(image), 3000))
+    plan = manifest.Manifest(key, version, len(image), 3000, manifest.plan_tail(len(image), 3000))
     expected = [f"chunk:{key}:{version}:{number}" for number in range(plan.count)]
     assert document["chunks"] == expected
     assert {os.fsdecode(found) for found in client.scan_iter()} == {key, *expected}
@@ -688,9 +688,9 @@ def test_the_lease_lasts_as_long_as_the_load(client):
     """While chunks are sent, the lease of this version has a time to live of at most 5 s."""
     store, seen = WithHook(client, progress=False), []
 
-    def look(layout):
-        assert layout.lease == f"chunk:{{file:a}}:{layout.version}"
-        seen.append((client.type(layout.lease), client.pttl(layout.lease)))
+    def look(manifest):
+        assert manifest.lease == f"chunk:{{file:a}}:{manifest.version}"
+        seen.append((client.type(manifest.lease), client.pttl(manifest.lease)))
 
     store.hook = look
     store.put("a", dicom())
@@ -708,13 +708,13 @@ def test_the_lease_is_renewed(client, monkeypatch, forked):
     monkeypatch.setattr("dicomstore.store.LEASE_MS", 300)
     store, versions = WithHook(client, progress=False), []
 
-    def linger(layout):
-        versions.append(layout.version)
+    def linger(manifest):
+        versions.append(manifest.version)
         renewals = 0
         while renewals < 4:  # each takes 100 ms: together longer than a lease
-            before = client.pttl(layout.lease)
+            before = client.pttl(manifest.lease)
             assert before > 0
-            renewals += any(client.pttl(layout.lease) > before for _ in range(50))
+            renewals += any(client.pttl(manifest.lease) > before for _ in range(50))
 
     store.put("idle", dicom())
     while any(thread.name == "leases" for thread in threading.enumerate()):
@@ -732,11 +732,11 @@ def test_a_lost_lease_starts_the_load_again(client):
     """If the lease is gone at the commit, nothing is committed; a new version is."""
     store, versions = WithHook(client, progress=False), []
 
-    def lose(layout):
-        versions.append(layout.version)
+    def lose(manifest):
+        versions.append(manifest.version)
         if len(versions) < 3:
-            client.delete(layout.lease)
-            client.delete(layout.chunk_key(0))  # a sweeper may have taken chunks as well
+            client.delete(manifest.lease)
+            client.delete(manifest.chunk_key(0))  # a sweeper may have taken chunks as well
 
     store.hook = lose
     image = dicom()
@@ -750,7 +750,7 @@ def test_a_lost_lease_starts_the_load_again(client):
 def test_a_lease_that_never_lasts_ends_the_load(client):
     """A load whose lease always lapses gives up with a sentence, and leaves nothing."""
     store = WithHook(client, progress=False)
-    store.hook = lambda layout: client.delete(layout.lease)
+    store.hook = lambda manifest: client.delete(manifest.lease)
     with pytest.raises(ServerError, match="file:a could not be stored: its lease"):
         store.put("a", dicom())
     assert client.dbsize() == 0
@@ -761,7 +761,7 @@ def test_the_loser_of_a_race_cleans_up(client, tmp_path, same):
     """Another loader commits first: the same bytes stay as they are, others are replaced."""
     first, second = dicom(Rows=1), dicom(Rows=1 if same else 2)
     other, store = DicomStore(client, progress=False), WithHook(client, progress=False)
-    store.hook = lambda layout: other.put("a", first)
+    store.hook = lambda manifest: other.put("a", first)
     (tmp_path / "a").write_bytes(second)
     row = row_of(store.load(tmp_path), "a")
     assert row["status"] == ("unchanged" if same else "replaced")
@@ -773,7 +773,7 @@ def test_a_race_with_another_image(client):
     """Another image that takes the path during the load is not overwritten."""
     other, store = DicomStore(client, progress=False), WithHook(client, progress=False)
     image = dicom(SOPInstanceUID="1.2.3")
-    store.hook = lambda layout: other.put("a", image)
+    store.hook = lambda manifest: other.put("a", image)
     with pytest.raises(DifferentImageError):
         store.put("a", dicom(SOPInstanceUID="1.2.4"))
     assert store.read("a") == image
@@ -820,7 +820,7 @@ def test_a_commit_whose_outcome_is_not_known(client, lost):
 def test_a_race_with_a_foreign_key(client):
     """A foreign key that takes the place during the load stays, and no chunk is left."""
     store = WithHook(client, progress=False)
-    store.hook = lambda layout: client.hset("file:a", "x", "y")
+    store.hook = lambda manifest: client.hset("file:a", "x", "y")
     with pytest.raises(DicomRedisError, match="something else"):
         store.put("a", dicom())
     assert client.keys() == [b"file:a"] and client.hgetall("file:a") == {b"x": b"y"}
@@ -927,7 +927,7 @@ def test_an_interrupt_while_sending_leaves_nothing(client, monkeypatch):
     sent_when_interrupted = []
 
     class Interrupted(DicomStore):
-        def _send(self, layout, file, sent):
+        def _send(self, manifest, file, sent):
             class File(io.BytesIO):
                 def readinto(self, view):
                     if self.tell() > 15_000:
@@ -935,7 +935,7 @@ def test_an_interrupt_while_sending_leaves_nothing(client, monkeypatch):
                         raise KeyboardInterrupt
                     return super().readinto(view)
 
-            return super()._send(layout, File(file.getvalue()), sent)
+            return super()._send(manifest, File(file.getvalue()), sent)
 
     with pytest.raises(KeyboardInterrupt):
         Interrupted(client, chunk_size=1000, progress=False).put("a", new)

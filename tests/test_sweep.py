@@ -66,8 +66,8 @@ def test_a_load_under_way_is_left_alone(small, client, short_lease, monkeypatch)
     """While a loader renews its lease, a sweep leaves its chunks, and the load succeeds."""
     image, send, reports = dicom(pixels=bytes(5000)), DicomStore._send, []
 
-    def swept_meanwhile(self, layout, file, sent):
-        digests = send(self, layout, file, sent)
+    def swept_meanwhile(self, manifest, file, sent):
+        digests = send(self, manifest, file, sent)
         reports.append(small.sweep())
         return digests
 
@@ -90,10 +90,10 @@ def test_a_load_that_is_swept_starts_again(small, client, monkeypatch):
     """A loader that stalls for longer than its lease and is swept stores the file all the same."""
     image, send, swept = dicom(pixels=bytes(5000)), DicomStore._send, []
 
-    def stall_once(self, layout, file, sent):
-        digests = send(self, layout, file, sent)
+    def stall_once(self, manifest, file, sent):
+        digests = send(self, manifest, file, sent)
         if not swept:
-            client.delete(layout.lease)
+            client.delete(manifest.lease)
             swept.append(small.sweep()["chunks"].sum())
         return digests
 
@@ -108,13 +108,13 @@ def test_a_damaged_document_keeps_its_chunks(small, client):
     """A document whose version, or whose list of chunks, was edited still holds on to its bytes."""
     image = dicom(pixels=bytes(5000))
     small.put("a", image)
-    version = small.layout("a").version
+    version = small.manifest("a").version
     for path, value in (("$.version", f'"{VERSION}"'), ("$.chunks", "[]")):
         old = client.execute_command("JSON.GET", "file:a", path)
         client.execute_command("JSON.SET", "file:a", path, value)
         assert len(small.sweep()) == 0
         client.execute_command("JSON.SET", "file:a", path, old[1:-1])
-    assert small.layout("a").version == version and small.read("a") == image
+    assert small.manifest("a").version == version and small.read("a") == image
 
 
 def test_a_foreign_key_in_the_documents_place(small, client):
@@ -202,7 +202,7 @@ def test_verify_names_every_damaged_chunk(small, client, tmp_path):
     """Gone and altered chunks are all named, in the row of their file alone."""
     for path in ("a", "b"):
         small.put(path, dicom(pixels=bytes(9000)))
-    keys = small.layout("a").chunk_keys()
+    keys = small.manifest("a").chunk_keys()
     client.setrange(keys[1], 5, b"x")
     client.append(keys[3], b"x")
     client.set(keys[5], client.get(keys[4])[:-1] + b"\1")

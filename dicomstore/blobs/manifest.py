@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import unquote_to_bytes
 
 from dicomstore.errors import DamagedError
+from dicomstore.keys import CHUNK_PREFIX, path_of, shown_path
 
-DOCUMENT_PREFIX = "file:"
-CHUNK_PREFIX = "chunk:"
 #: Redis rounds a value up to an allocator class, four a doubling; a payload of exactly 2^n bytes
 #: wastes 25%. This one fits the 256 KiB class.
 DEFAULT_CHUNK_SIZE = 262_080
@@ -21,34 +18,8 @@ DEFAULT_CHUNK_SIZE = 262_080
 BATCH_BYTES = 16 * 1024 * 1024
 KEYS_PER_COMMAND = 1000
 #: What says how a file is cut, and all that says how it is stored.
-LAYOUT_MEMBERS = ("size", "version", "chunkSize", "tail")
-STORAGE_MEMBERS = (*LAYOUT_MEMBERS, "imageName", "sha256", "crc", "chunks")
-
-
-def quote_path(path: str) -> str:
-    """Return `path` as it stands in keys: ``%``, ``{``, ``}`` and bytes not UTF-8 as ``%XX``."""
-    return re.sub("[%{}\udc80-\udcff]", lambda match: f"%{ord(match[0]) & 0xFF:02X}", path)
-
-
-def unquote_path(quoted: str) -> str:
-    """Return the path that :func:`quote_path` made `quoted` of."""
-    return os.fsdecode(unquote_to_bytes(os.fsencode(quoted)))
-
-
-def shown_path(path: str) -> str:
-    """Return `path` as text that can be printed and indexed: bytes not UTF-8 as ``%XX``."""
-    return re.sub("[\udc80-\udcff]", lambda match: f"%{ord(match[0]) & 0xFF:02X}", path)
-
-
-def checked_path(path: str) -> str:
-    """Return `path` if a file can be stored under it; raise ValueError otherwise."""
-    parts = path.split("/")
-    if any(part in ("", ".", "..") for part in parts) or "\0" in path:
-        raise ValueError(
-            f"{shown_path(path)!r} is no path for a stored file: give a relative one, with '/' "
-            "between its parts and without '..'."
-        )
-    return path
+MANIFEST_MEMBERS = ("size", "version", "chunkSize", "tail")
+STORAGE_MEMBERS = (*MANIFEST_MEMBERS, "imageName", "sha256", "crc", "chunks")
 
 
 def _allocated(payload: int) -> int:
@@ -87,7 +58,7 @@ def plan_tail(size: int, chunk_size: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Manifest:
     """Where the bytes of one version of a file lie: chunk keys and offsets, computed."""
 
     key: str
@@ -150,18 +121,18 @@ class Layout:
 class Document:
     """What a reader needs of a stored document."""
 
-    layout: Layout
+    manifest: Manifest
     sha256: str
     crc: Sequence[int] = field(repr=False)
 
     @property
     def key(self) -> str:
-        return self.layout.key
+        return self.manifest.key
 
 
-def parse_layout(key: str, members: Mapping[str, Any]) -> Layout:
-    """Return the layout that a document's scalars describe, after checking that they agree."""
-    layout = Layout(
+def parse_manifest(key: str, members: Mapping[str, Any]) -> Manifest:
+    """Return the manifest that a document's scalars describe, after checking that they agree."""
+    manifest = Manifest(
         key,
         str(members.get("version")),
         _natural(members.get("size")),
@@ -169,30 +140,30 @@ def parse_layout(key: str, members: Mapping[str, Any]) -> Layout:
         tuple(_natural(length) for length in _list(members.get("tail"))),
     )
     sound = (
-        re.fullmatch("[0-9a-f]{12}", layout.version)
-        and layout.size >= 0
-        and layout.chunk_size > 0
-        and len(layout.tail) <= 2
-        and all(length > 0 for length in layout.tail)
-        and sum(layout.tail) == layout.size % layout.chunk_size
+        re.fullmatch("[0-9a-f]{12}", manifest.version)
+        and manifest.size >= 0
+        and manifest.chunk_size > 0
+        and len(manifest.tail) <= 2
+        and all(length > 0 for length in manifest.tail)
+        and sum(manifest.tail) == manifest.size % manifest.chunk_size
     )
     if not sound:
         raise _disagreement(key)
-    return layout
+    return manifest
 
 
 def parse_document(key: str, members: Mapping[str, Any]) -> Document:
     """Return the document, after checking that its members agree with one another."""
-    layout = parse_layout(key, members)
+    manifest = parse_manifest(key, members)
     sha256 = str(members.get("sha256"))
     crc, chunks = _list(members.get("crc")), _list(members.get("chunks"))
     # An edited name would let a look-up by imageName end at this file.
     named = members.get("imageName") == shown_path(path_of(key).rpartition("/")[2])
-    counted = len(crc) == len(chunks) == layout.count and re.fullmatch("[0-9a-f]{64}", sha256)
+    counted = len(crc) == len(chunks) == manifest.count and re.fullmatch("[0-9a-f]{64}", sha256)
     # Nothing but this very file's own keys: no document can point at a foreign one.
-    if not named or not counted or chunks != layout.chunk_keys():
+    if not named or not counted or chunks != manifest.chunk_keys():
         raise _disagreement(key)
-    return Document(layout, sha256, crc)
+    return Document(manifest, sha256, crc)
 
 
 def _disagreement(key: str) -> DamagedError:
@@ -208,13 +179,3 @@ def _natural(value: Any) -> int:
 
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
-
-
-def document_key(path: str) -> str:
-    """Return the key of the document of the file at `path`."""
-    return DOCUMENT_PREFIX + quote_path(path)
-
-
-def path_of(key: str) -> str:
-    """Return the path whose document has the key `key`."""
-    return unquote_path(key.removeprefix(DOCUMENT_PREFIX))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from operator import index
 from typing import Any
 
-from dicomstore.blobs.manifest import BATCH_BYTES, KEYS_PER_COMMAND, Layout
+from dicomstore.blobs.manifest import BATCH_BYTES, KEYS_PER_COMMAND, Manifest
 from dicomstore.errors import DicomRedisError
 
 #: Chunks kept by default (bytes): a slide reader comes back to the same ones.
@@ -36,7 +36,7 @@ class ChunkReader(io.BufferedIOBase):
 
     Parameters
     ----------
-    layout : Layout
+    manifest : Manifest
         Of the version that is read, also when the file is replaced meanwhile.
     fetch : callable
         Takes chunk numbers in ascending order and returns the chunks, checked, in one round trip.
@@ -54,12 +54,12 @@ class ChunkReader(io.BufferedIOBase):
     """
 
     def __init__(
-        self, layout: Layout, fetch: Fetch, *, name: str, cache_bytes: int = CACHE_BYTES
+        self, manifest: Manifest, fetch: Fetch, *, name: str, cache_bytes: int = CACHE_BYTES
     ) -> None:
         self.name = name
         self.bytes_fetched = 0
         self.round_trips = 0
-        self._layout = layout
+        self._manifest = manifest
         self._fetch = fetch
         self._cache_bytes = cache_bytes
         self._kept: OrderedDict[int, Chunk] = OrderedDict()
@@ -75,7 +75,7 @@ class ChunkReader(io.BufferedIOBase):
     @property
     def size(self) -> int:
         """The file's size in bytes."""
-        return self._layout.size
+        return self._manifest.size
 
     def readable(self) -> bool:
         self._check_open()
@@ -159,8 +159,8 @@ class ChunkReader(io.BufferedIOBase):
             self._check_open()
             if self._position >= self.size:
                 return b""
-            number = self._layout.number_at(self._position)
-            end = self._layout.offset(number) + self._layout.length(number)
+            number = self._manifest.number_at(self._position)
+            end = self._manifest.offset(number) + self._manifest.length(number)
             return bytes(self._pieces(end - self._position)[0])
 
     def write(self, _data: Any, /) -> int:
@@ -185,11 +185,11 @@ class ChunkReader(io.BufferedIOBase):
         """Return `wanted` bytes from the position on as slices of chunks."""
         if wanted == 0:
             return []
-        layout, position = self._layout, self._position
-        first, last = layout.number_at(position), layout.number_at(position + wanted - 1)
+        manifest, position = self._manifest, self._position
+        first, last = manifest.number_at(position), manifest.number_at(position + wanted - 1)
         pieces = []
         for number, chunk in zip(range(first, last + 1), self._chunks(first, last), strict=True):
-            start = layout.offset(number)
+            start = manifest.offset(number)
             lower, upper = max(position - start, 0), position + wanted - start
             pieces.append(memoryview(chunk)[lower:upper])
         return pieces
@@ -217,11 +217,11 @@ class ChunkReader(io.BufferedIOBase):
 
     def _after(self, last: int, size: int) -> range:
         """Return the numbers of the chunks after `last`, of some `size` bytes."""
-        count = min(size, self._cache_bytes // 2) // self._layout.chunk_size
-        return range(last + 1, min(last + 1 + min(count, KEYS_PER_COMMAND), self._layout.count))
+        count = min(size, self._cache_bytes // 2) // self._manifest.chunk_size
+        return range(last + 1, min(last + 1 + min(count, KEYS_PER_COMMAND), self._manifest.count))
 
     def _fetch_now(self, missing: list[int]) -> None:
-        chunk_size = self._layout.chunk_size
+        chunk_size = self._manifest.chunk_size
         spare_bytes = max(0, LEAST_FETCH_BYTES - len(missing) * chunk_size)
         spare = self._missing(self._after(missing[-1], spare_bytes))
         if spare:
@@ -263,7 +263,7 @@ class ChunkReader(io.BufferedIOBase):
 
     def _counted(self, numbers: Sequence[int]) -> Sequence[int]:
         self.round_trips += 1
-        self.bytes_fetched += sum(map(self._layout.length, numbers))
+        self.bytes_fetched += sum(map(self._manifest.length, numbers))
         return numbers
 
 
