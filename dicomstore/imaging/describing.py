@@ -68,9 +68,10 @@ class Description(NamedTuple):
     """
 
     members: dict[str, Any] | None
-    descriptor: list[int] | None
+    thumbnail: list[int] | None
     modified: int | None
     given_up: bool = False
+    attachments: dict[str, bytes] = {}
 
 
 def describe_all(
@@ -301,3 +302,8 @@ def main() -> None:
                 answer = None  # the asking process tries, and sees why
             answers.write(json.dumps(answer).encode() + b"\n")
             answers.flush()
+
+
+def end_idle_workers() -> None:
+    for worker in _idle.pop(os.getpid(), []):
+        worker.end()

@@ -207,6 +207,30 @@ class Server:
         """Whether searches are answered for all documents."""
         return not self.is_cluster or self.engines().get("search", 0) >= COORDINATED_ENGINE
 
+    def wire_client(self) -> redis.Redis | None:
+        """Return the client if one server is behind it that the wire can connect to, else None."""
+        from dicomstore.blobs.wire import supports
+
+        return self.client if supports(self.client) else None  # type: ignore[return-value]
+
+    def close(self) -> None:
+        pass
+
+    def facts(self) -> dict[str, str]:
+        """Return the server's version, its engines' versions, and whose it is."""
+        engines = self.engines()
+
+        def version(name: str) -> str:
+            number = engines.get(name, 0)
+            return f"{number // 10000}.{number // 100 % 100}.{number % 100}" if number else "none"
+
+        return {
+            "Redis": self.hello()[b"version"].decode(),
+            "search engine": version("search"),
+            "JSON engine": version("ReJSON"),
+            "whose": "yours (REDIS_URL)" if os.environ.get("REDIS_URL") else "embedded",
+        }
+
     def hello(self) -> dict[bytes, Any]:
         """Return what HELLO says of the server."""
         with _translated():

@@ -1,0 +1,198 @@
+"""Redis as a hot tier in front of a source: what Redis has lost is fetched from there again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dicomstore.blobs.chunks import Chunks, is_sound
+from dicomstore.blobs.manifest import Manifest
+from dicomstore.blobs.versions import Versions
+from dicomstore.errors import DifferentImageError, MissingChunkError, NotDicomError, ServerError
+from dicomstore.keys import file_below, path_of, shown_path
+from dicomstore.loading import Load, Loader
+
+
+class Tier:
+    """Fetches lost chunks and files from a source, and keeps what is read alive.
+
+    Parameters
+    ----------
+    chunks : Chunks
+    versions : Versions
+    loader : Loader
+    source : path, optional
+        The folder that the files were loaded from. It is only read, and no link is followed out
+        of it.
+    renew_below_ms : int, optional
+        A file that is read with less time to live than this gets its whole time again.
+    """
+
+    def __init__(
+        self,
+        chunks: Chunks,
+        versions: Versions,
+        loader: Loader,
+        source: str | os.PathLike[str] | None,
+        renew_below_ms: int | None,
+    ) -> None:
+        self.source = None if source is None else Path(source).resolve()
+        self._chunks = chunks
+        self._versions = versions
+        self._loader = loader
+        self._renew_below_ms = renew_below_ms
+        self._reads: Counter[bool] = Counter()
+        self._lock = threading.Lock()
+        self._gaps: dict[str, tuple[threading.Lock, list[None]]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None, "_gaps": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    @property
+    def hits(self) -> int:
+        """How many reads found the whole file in Redis."""
+        return self._reads[True]
+
+    @property
+    def misses(self) -> int:
+        """How many reads needed the source."""
+        return self._reads[False]
+
+    def finished(self, manifest: Manifest, *, hit: bool) -> None:
+        """Count a read of a whole file, and renew its time to live where that is wanted."""
+        with self._lock:
+            self._reads[hit] += 1
+        if self._renew_below_ms is not None:
+            self._versions.prolong(manifest, below_ms=self._renew_below_ms)
+
+    def mender(self) -> Mender | None:
+        """Return what fetches lost chunks for one read; None without a source."""
+        return None if self.source is None else Mender(self)
+
+    def mend(self, manifest: Manifest, crcs: Mapping[int, int]) -> dict[int, bytes]:
+        """Fetch lost chunks from the source and put them back; many readers at once fetch once.
+
+        Parameters
+        ----------
+        manifest : Manifest
+        crcs : mapping
+            The numbers of the chunks, at most a batch of them, and their CRC-32.
+
+        Returns
+        -------
+        dict of int to bytes
+
+        Raises
+        ------
+        MissingChunkError
+            If the source has no such file, or a different one, or the file was replaced.
+        """
+        with self._one_at_a_time(manifest.key):
+            numbers = list(crcs)
+            there = zip(numbers, self._chunks.fetch(manifest, numbers), strict=True)
+            found = {
+                number: chunk
+                for number, chunk in there
+                if chunk is not None and is_sound(manifest, number, chunk, crcs[number])
+            }
+            gone = [number for number in numbers if number not in found]
+            if not gone:
+                return found
+            fetched = self._fetch(manifest, gone)
+            changed = [n for n in gone if not is_sound(manifest, n, fetched[n], crcs[n])]
+            if changed:
+                self._load(manifest.key)
+                raise MissingChunkError(
+                    f"{manifest.key} has changed in the source and is loaded anew. Open it again."
+                )
+            if not self._versions.put_back(manifest, fetched):
+                raise MissingChunkError(
+                    f"{manifest.key} was replaced or deleted since it was opened. Open it again."
+                )
+            return found | fetched
+
+    def load_evicted(self, key: str) -> bool:
+        """Load the file of a document that is gone from the source; return whether it is there."""
+        if self.source is None:
+            return False
+        with self._one_at_a_time(key):
+            if self._versions.members(key, ("version",)) is not None:
+                return True
+            try:
+                self._load(key)
+            except MissingChunkError:
+                return False
+            return True
+
+    def _fetch(self, manifest: Manifest, numbers: list[int]) -> dict[int, bytes]:
+        with self._opened(manifest.key) as file:
+            pieces = {}
+            for number in numbers:
+                file.seek(manifest.offset(number))
+                pieces[number] = file.read(manifest.length(number))
+            return pieces
+
+    @contextlib.contextmanager
+    def _opened(self, key: str) -> Iterator[Any]:
+        try:
+            with open(self._file(key), "rb", buffering=0) as file:
+                yield file
+        except OSError as error:
+            raise MissingChunkError(
+                f"{shown_path(key)} has lost chunks, and the source cannot help: "
+                f"{error.strerror or error}."
+            ) from error
+
+    def _file(self, key: str) -> Path:
+        assert self.source is not None
+        file = file_below(self.source, key)
+        if not file.resolve().is_relative_to(self.source) or not file.is_file():
+            raise FileNotFoundError(0, "it has no such file")
+        return file
+
+    def _load(self, key: str) -> None:
+        """Load a whole file from the source."""
+        try:
+            self._loader.load([Load(path_of(key), self._file(key), strict=True)])
+        except ServerError:
+            raise
+        except (OSError, NotDicomError, DifferentImageError) as error:
+            why = getattr(error, "strerror", None) or str(error)
+            raise MissingChunkError(
+                f"{shown_path(key)} is gone, and the source cannot help: {why}."
+            ) from error
+
+    @contextlib.contextmanager
+    def _one_at_a_time(self, key: str) -> Iterator[None]:
+        """Let only one thread at a time fetch what is missing of a file."""
+        with self._lock:
+            gap, waiting = self._gaps.setdefault(key, (threading.Lock(), []))
+            waiting.append(None)
+        try:
+            with gap:
+                yield
+        finally:
+            with self._lock:
+                waiting.pop()
+                if not waiting:
+                    self._gaps.pop(key, None)
+
+
+class Mender:
+    """Fetches lost chunks for one read, and remembers whether it had to."""
+
+    def __init__(self, tier: Tier) -> None:
+        self._tier = tier
+        self.was_needed = False
+
+    def __call__(self, manifest: Manifest, crcs: Mapping[int, int]) -> dict[int, bytes]:
+        self.was_needed = True
+        return self._tier.mend(manifest, crcs)
