@@ -21,13 +21,13 @@ from pathlib import Path
 
 import psutil
 
+from dicomstore import DicomStore
 from dicomstore.blobs.manifest import BATCH_BYTES, DEFAULT_CHUNK_SIZE
 from dicomstore.blobs.wire import ChunkStream, fresh_buffer, run
 from dicomstore.errors import DicomRedisError, NotStoredError, RedisServerError
 from dicomstore.imaging import slide
 from dicomstore.keys import document_key
 from dicomstore.server.connection import Client, connect
-from dicomstore.store import DicomStore
 
 PROJECT = Path(__file__).resolve().parent
 SLIDES_FOLDER = PROJECT / "data" / "svs"

@@ -26,9 +26,9 @@ from reporting import machine, ratios
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
+from dicomstore import DicomStore, connect  # noqa: E402
 from dicomstore.imaging import describing, header  # noqa: E402
 from dicomstore.server.embedded import RedisServer  # noqa: E402
-from dicomstore.store import DicomStore, connect  # noqa: E402
 
 MIB = 1024 * 1024
 CHUNK = 5 * 1024

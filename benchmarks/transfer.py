@@ -29,10 +29,10 @@ sys.path.insert(0, str(PROJECT))
 
 import svs_speed_test as speed  # noqa: E402 - the project is not installed, but run in place
 from demo.slide import write_sample_slide  # noqa: E402
+from dicomstore import DicomStore, connect  # noqa: E402
 from dicomstore.blobs.manifest import DEFAULT_CHUNK_SIZE, Manifest  # noqa: E402
 from dicomstore.blobs.wire import ChunkStream, fresh_buffer, run  # noqa: E402
 from dicomstore.server.embedded import BUILD_FOLDER, RedisServer  # noqa: E402
-from dicomstore.store import DicomStore, connect  # noqa: E402
 
 MIB = 1024 * 1024
 PUBLISHED_CHUNK = 30 * 1024

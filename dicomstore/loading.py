@@ -301,6 +301,7 @@ class Loader:
         self._chunks.send_attachments(manifest, description.attachments)
         if file.read(1) or _modified(file) not in (None, load.modified):
             raise OSError(errno.EIO, CHANGED)
+        attachments = {name: crc32(text) for name, text in description.attachments.items()}
         return {
             "imageName": shown_path(load.path.rpartition("/")[2]),
             "size": manifest.size,
@@ -310,7 +311,7 @@ class Loader:
             "tail": manifest.tail,
             "crc": crc,
             "chunks": manifest.chunk_keys(),
-            "attachments": {name: crc32(text) for name, text in description.attachments.items()},
+            **({"attachments": attachments} if attachments else {}),
             **(description.members or {}),
         }
 

@@ -133,7 +133,7 @@ class Tier:
             return True
 
     def _fetch(self, manifest: Manifest, numbers: list[int]) -> dict[int, bytes]:
-        with self._opened(manifest.key) as file:
+        with self._opened(manifest.chunk_key(numbers[0]), manifest.key) as file:
             pieces = {}
             for number in numbers:
                 file.seek(manifest.offset(number))
@@ -141,14 +141,15 @@ class Tier:
             return pieces
 
     @contextlib.contextmanager
-    def _opened(self, key: str) -> Iterator[Any]:
+    def _opened(self, chunk: str, key: str) -> Iterator[Any]:
         try:
             with open(self._file(key), "rb", buffering=0) as file:
                 yield file
         except OSError as error:
             raise MissingChunkError(
-                f"{shown_path(key)} has lost chunks, and the source cannot help: "
-                f"{error.strerror or error}."
+                f"The chunk {chunk} is gone or damaged, and the source cannot help: "
+                f"{error.strerror or error}.",
+                (chunk,),
             ) from error
 
     def _file(self, key: str) -> Path:

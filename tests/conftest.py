@@ -12,8 +12,8 @@ import pydicom
 import pytest
 import redis
 
+from dicomstore import DicomStore, connect
 from dicomstore.server.embedded import RedisServer
-from dicomstore.store import DicomStore, connect
 
 PYDICOM_DATA = Path(pydicom.__file__).parent / "data"
 PYDICOM_FILES = PYDICOM_DATA / "test_files"

@@ -13,9 +13,9 @@ import redis
 from samples import dicom, sha256_of
 
 import dicomstore.store as store_module
+from dicomstore import DicomStore, connect
 from dicomstore.errors import MissingChunkError, NotStoredError, SearchError, ServerError
 from dicomstore.server.embedded import BUILD_FOLDER, RedisServer
-from dicomstore.store import DicomStore, connect
 
 NODES = 3
 

@@ -14,9 +14,9 @@ import pytest
 from conftest import PYDICOM_DATA, PYDICOM_FILES
 from samples import dicom
 
+from dicomstore import DicomStore
 from dicomstore.errors import WorkerError
 from dicomstore.imaging import describing, header, thumbnail
-from dicomstore.store import DicomStore
 
 
 def described(files, *, pixels):
@@ -147,7 +147,7 @@ def test_no_process_can_be_started(monkeypatch, tmp_path):
     for executable in (tmp_path / "missing", "/bin/false"):
         monkeypatch.setattr("dicomstore.imaging.describing._idle", {})
         monkeypatch.setattr(sys, "executable", os.fspath(executable))
-        with pytest.raises(WorkerError, match="descriptors=False"):
+        with pytest.raises(WorkerError, match="thumbnails=False"):
             described({"a": dicom()}, pixels=True)
         answers = described({number: dicom() for number in range(100)}, pixels=False)
         assert all(answer.members for answer in answers.values())
@@ -219,7 +219,7 @@ def test_an_interrupted_load_goes_on_where_it_stopped(store, client, tmp_path, m
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(DicomStore, "_commit", interrupted)
         store.load(tmp_path)
-    plain = DicomStore(client, progress=False, descriptors=False)
+    plain = DicomStore(client, progress=False, thumbnails=False)
     client.config_resetstat()
     describe, read = header.describe, []
     monkeypatch.setattr(header, "describe", lambda file: read.append(file) or describe(file))
@@ -234,7 +234,7 @@ def test_what_was_stored_without_a_descriptor_gets_it(client, store, tmp_path, m
     """Loaded again with descriptors, a file is unchanged and can be compared; once is enough."""
     for name in ("MR_small.dcm", "CT_small.dcm", "rtplan.dcm"):
         (tmp_path / name).write_bytes((PYDICOM_FILES / name).read_bytes())
-    without = DicomStore(client, progress=False, descriptors=False)
+    without = DicomStore(client, progress=False, thumbnails=False)
     without.load(tmp_path)
     versions = [without.manifest(name).version for name in os.listdir(tmp_path)]
     assert list(store.load(tmp_path)["status"]) == ["unchanged"] * 3
@@ -255,7 +255,7 @@ def test_a_descriptor_never_reaches_another_version(client, store, tmp_path, mon
     """A file that is replaced before its descriptor is added keeps that of its own."""
     first, second = (PYDICOM_FILES / name for name in ("MR_small.dcm", "CT_small.dcm"))
     (tmp_path / "a").write_bytes(first.read_bytes())
-    without = DicomStore(client, progress=False, descriptors=False)
+    without = DicomStore(client, progress=False, thumbnails=False)
     without.load(tmp_path)
     add = DicomStore._add_descriptor
 
@@ -265,7 +265,7 @@ def test_a_descriptor_never_reaches_another_version(client, store, tmp_path, mon
 
     monkeypatch.setattr(DicomStore, "_add_descriptor", replaced_meanwhile)
     store.load(tmp_path)
-    assert "descriptor" not in (store._members("file:a", ("descriptor", "size")) or {})
+    assert "thumbnail" not in (store._members("file:a", ("thumbnail", "size")) or {})
     assert store.read("a") == second.read_bytes()
 
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from pydicom import datadict
 from samples import PREAMBLE, dicom, element
 
+from dicomstore import DicomStore, connect, not_, words
 from dicomstore.catalogue import query
 from dicomstore.errors import NotIndexedError, SearchError, SearchTimeoutError, ServerError
 from dicomstore.imaging import header
 from dicomstore.server.embedded import RedisServer
-from dicomstore.store import DicomStore, connect, not_, words
 
 #: What a server does that was started without the options of ours.
 PLAIN = "TIMEOUT 10000 ON_TIMEOUT FAIL"
@@ -633,7 +633,7 @@ def test_engine_timed_out(monkeypatch, policy):
                     pipe.execute_command(
                         "JSON.SET", f"file:{number}", "$",
                         json.dumps({"imageName": f"{number}", "rows": number, "modality": "CT",
-                                    "studyDescription": f"w{number}", "descriptor": [1] * 64}),
+                                    "studyDescription": f"w{number}", "thumbnail": [1] * 64}),
                     )  # fmt: skip
                 pipe.execute()
         monkeypatch.setattr("dicomstore.store.SEARCH_TIMEOUT_MS", 1)

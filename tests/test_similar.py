@@ -15,9 +15,9 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from samples import dicom
 
+from dicomstore import DicomStore
 from dicomstore.errors import NoThumbnailError, NotStoredError
 from dicomstore.imaging import header, rendering, thumbnail
-from dicomstore.store import DicomStore
 
 #: The only files of pydicom's with pixels that have no descriptor: cut off, not DICOM's encoding of
 #: what they say, a stray byte before them, or refused by the decoders.
@@ -34,7 +34,7 @@ UNDECODABLE = {
 @pytest.fixture
 def store(client):
     """A store that makes descriptors."""
-    return DicomStore(client, progress=False, descriptors=True)
+    return DicomStore(client, progress=False, thumbnails=True)
 
 
 def grey(image, *, frames=1, photometric="MONOCHROME2", **attributes):
@@ -166,8 +166,8 @@ def test_what_does_not_fit_together_has_none(store, attributes):
     content = grey(ramp(), **attributes)
     store.put("a", content)
     assert store.read("a") == content
-    found = store._members("file:a", ("descriptor", "size"))
-    assert "descriptor" not in found or len(found["descriptor"]) == thumbnail.DIMENSIONS
+    found = store._members("file:a", ("thumbnail", "size"))
+    assert "thumbnail" not in found or len(found["thumbnail"]) == thumbnail.DIMENSIONS
     assert len(store.find()) == 1
 
 
@@ -247,9 +247,9 @@ def test_it_is_the_exact_nearest(store):
     store.load(PYDICOM_FILES)
     everything = store.find()
     vectors = {
-        key: np.array(members["descriptor"])
+        key: np.array(members["thumbnail"])
         for key in everything["key"]
-        if "descriptor" in (members := store._members(key, ("descriptor", "size")))
+        if "thumbnail" in (members := store._members(key, ("thumbnail", "size")))
     }
     assert len(vectors) > 80
     everything = everything.set_index("key")
@@ -268,7 +268,7 @@ def test_it_is_the_exact_nearest(store):
 def test_what_has_no_pixels_says_so(store, client):
     """Without pixels, or with descriptors turned off, similar says why; search goes on."""
     store.put("none", dicom(Modality="CT"))
-    DicomStore(client, progress=False, descriptors=False).put("off", grey(ramp()))
+    DicomStore(client, progress=False, thumbnails=False).put("off", grey(ramp()))
     store.put("image", grey(ramp()))
     for name in ("none", "off"):
         with pytest.raises(NoThumbnailError, match=f"file:{name} .*no pixels"):

@@ -145,7 +145,7 @@ class Versions:
             status: str | None = None
             try:
                 with self._leases.held(manifest.lease):
-                    status = self._commit(manifest, send(manifest), may_replace)
+                    status = self.commit(manifest, send(manifest), may_replace)
             except BaseException as error:
                 # What cannot be taken back now, `sweep` finds once the lease has run out.
                 with contextlib.suppress(ServerError):
@@ -162,13 +162,16 @@ class Versions:
             "connection to Redis is too slow, or stalls."
         )
 
-    def _commit(
+    def commit(
         self,
         manifest: Manifest,
         members: Mapping[str, Any],
         may_replace: MayReplace,
     ) -> str | None:
-        """Let the document name the chunks sent; return None if the lease is gone."""
+        """Let the document name the chunks sent.
+
+        Return ``"loaded"``, ``"replaced"`` or ``"unchanged"``, or None if the lease is gone.
+        """
         key, names = manifest.key, (*STORAGE_MEMBERS, "sopInstanceUID", "vendor")
         text = json.dumps(members, ensure_ascii=False, allow_nan=False)
         replaced: Stored | None = None
