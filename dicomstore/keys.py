@@ -48,12 +48,11 @@ def checked_path(path: str) -> str:
     return path
 
 
-def file_below(root: Path, key: str, *, windows: bool = os.name == "nt") -> Path:
-    """Return the file of `key` below the folder `root`; nothing from Redis is trusted as a path.
+def parts_below(key: str, *, windows: bool = os.name == "nt") -> list[str]:
+    """Return the parts of the path in a document's key; nothing from Redis is trusted as a path.
 
     Parameters
     ----------
-    root : Path
     key : str
         Of a document.
     windows : bool, optional
@@ -62,7 +61,7 @@ def file_below(root: Path, key: str, *, windows: bool = os.name == "nt") -> Path
     Raises
     ------
     PermissionError
-        If the key does not name a file below `root`, or leads through a link.
+        If they could lead out of the folder that they are appended to.
     """
     path = path_of(key)
     parts = path.split("/")
@@ -76,9 +75,22 @@ def file_below(root: Path, key: str, *, windows: bool = os.name == "nt") -> Path
         raise PermissionError(
             errno.EPERM, f"{shown_path(path)!r} does not name a file below the folder; refused"
         )
-    target = root.joinpath(*parts)
+    return parts
+
+
+def file_below(root: Path, key: str) -> Path:
+    """Return the file of a document's key below the folder `root`.
+
+    Raises
+    ------
+    PermissionError
+        As `parts_below`, and if the path leads through a link.
+    """
+    target = root.joinpath(*parts_below(key))
     if any(parent.is_symlink() for parent in target.parents if parent.is_relative_to(root)):
-        raise PermissionError(errno.EPERM, f"{shown_path(path)!r} leads through a link; refused")
+        raise PermissionError(
+            errno.EPERM, f"{shown_path(path_of(key))!r} leads through a link; refused"
+        )
     return target
 
 

@@ -169,11 +169,23 @@ class Loader:
         *,
         replace: bool = False,
         repair: bool = False,
+        cold: bool = False,
         shown: bool = False,
     ) -> None:
-        """Store files, and note in each one's row what became of it."""
+        """Store files, and note in each one's row what became of it.
+
+        Parameters
+        ----------
+        loads : sequence of Load
+        replace, repair : bool, optional
+            As for `DicomStore.load`.
+        cold : bool, optional
+            Whether only documents are made, and no chunks are sent.
+        shown : bool, optional
+            Whether there is a progress bar.
+        """
         progress = Progress(loads, shown=shown)
-        new = self._new(loads, progress, repair=repair)
+        new = self._new(loads, progress, repair=repair, cold=cold)
         described = describe_all(new, len(loads), self._thumbnails)
         with contextlib.closing(progress), contextlib.closing(described):
             for (load, stored), description in described:
@@ -181,14 +193,14 @@ class Loader:
                     if isinstance(description, OSError):
                         raise description
                     if load.row["status"] == "skipped":
-                        self._store(load, stored, description, progress, replace=replace)
+                        self._store(load, stored, description, progress, replace=replace, cold=cold)
                     elif stored and stored.document and description.thumbnail:
                         manifest = stored.document.manifest
                         self._versions.set_member(manifest, "thumbnail", description.thumbnail)
                 progress.finished(load)
 
     def _new(
-        self, loads: Sequence[Load], progress: Progress, *, repair: bool
+        self, loads: Sequence[Load], progress: Progress, *, repair: bool, cold: bool
     ) -> Iterator[tuple[tuple[Load, Stored | None], Path | bytes]]:
         """Yield the files that have to be described, each with what is stored in its place."""
         for first in range(0, len(loads), LOOK_UP):
@@ -200,14 +212,16 @@ class Loader:
                 with load.reporting():
                     if isinstance(stored, Exception):
                         raise stored
-                    wanted = load.key in here and not self._keep(load, stored, repair=repair)
+                    wanted = load.key in here and not self._keep(
+                        load, stored, repair=repair, cold=cold
+                    )
                 if wanted:
                     assert not isinstance(stored, Exception)
                     yield (load, stored), load.content
                 else:
                     progress.finished(load)
 
-    def _keep(self, load: Load, stored: Stored | None, *, repair: bool) -> bool:
+    def _keep(self, load: Load, stored: Stored | None, *, repair: bool, cold: bool) -> bool:
         """Keep what is stored if it is this file, mended where it has to be; note that in the row.
 
         Return whether that is all there is to do.
@@ -220,9 +234,11 @@ class Loader:
         with load.opened() as file:
             if load.row["size"] != document.manifest.size or _digest(file) != document.blake3:
                 return False
-            status = self._mended(file, document, repair=repair)
-        if not status or not self._versions.prolong(document.manifest):
+            status = "unchanged" if cold else self._mended(file, document, repair=repair)
+        if not status:
             return False
+        if not cold:
+            self._chunks.keep(document.manifest)
         reasons = [PARTIAL_HEADER] if "headerPartial" in stored.members else []
         load.succeeded(status, document.manifest.count, reasons)
         has_thumbnail = "thumbnail" in stored.members or "rows" not in stored.members
@@ -258,6 +274,7 @@ class Loader:
         progress: Progress,
         *,
         replace: bool,
+        cold: bool,
     ) -> None:
         members = description.members
         if load.size() == 0:
@@ -280,7 +297,7 @@ class Loader:
                 raise OSError(errno.EIO, CHANGED)
 
             def send(manifest: Manifest) -> dict[str, Any]:
-                return self._send(load, file, manifest, description, progress)
+                return self._send(load, file, manifest, description, progress, cold=cold)
 
             status, manifest = self._versions.write(
                 load.key, load.row["size"], self._chunk_size, send, may_replace
@@ -294,10 +311,14 @@ class Loader:
         manifest: Manifest,
         description: Description,
         progress: Progress,
+        *,
+        cold: bool,
     ) -> dict[str, Any]:
         """Send the chunks of a version; return its document."""
         file.seek(0)
-        digest, crc = self._chunks.send(manifest, lambda view: _fill(file, view), progress.sent)
+        digest, crc = self._chunks.send(
+            manifest, lambda view: _fill(file, view), progress.sent, cold=cold
+        )
         self._chunks.send_attachments(manifest, description.attachments)
         if file.read(1) or _modified(file) not in (None, load.modified):
             raise OSError(errno.EIO, CHANGED)

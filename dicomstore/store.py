@@ -48,13 +48,14 @@ class DicomStore:
     thumbnails : bool, optional
         Whether loading decodes a frame of every image for :meth:`similar`; without, it is faster.
     ttl : float, optional
-        What is loaded expires after so many seconds, the chunks a little after their document.
-        Loaded again without `ttl`, a file stays for good.
+        The chunks that are loaded expire after so many seconds; the documents stay, so that
+        everything can be found. Loaded again without `ttl`, a file's chunks stay for good.
     renew : bool, optional
         Whether a file that is read with less than half of `ttl` left gets the whole again.
-    source : path, optional
-        The folder that the files were loaded from. What Redis has evicted, and chunks that are
-        damaged, come from there again when they are read.
+    source : path or URL, optional
+        Where the files were loaded from: a folder, or whatever fsspec opens, as
+        ``"s3://bucket/folder"``. Chunks that have expired, were evicted or are damaged come from
+        there again when they are read, and so do files whose document is gone.
 
     Raises
     ------
@@ -87,16 +88,15 @@ class DicomStore:
         self._server = Server(client)
         self._catalogue = Catalogue(self._server)
         self._chunks = Chunks(self._server, ttl_ms)
-        self._versions = Versions(self._server, self._chunks, ttl_ms)
+        self._versions = Versions(self._server, self._chunks)
         self._loader = Loader(self._chunks, self._versions, chunk_size, thumbnails=thumbnails)
-        renew_below_ms = ttl_ms // 2 if renew and ttl_ms else None
-        self._tier = Tier(self._chunks, self._versions, self._loader, source, renew_below_ms)
+        self._tier = Tier(self._chunks, self._versions, self._loader, source, renew=renew)
         self._reading = Reading(
             self._server, self._chunks, self._versions, self._tier, self._catalogue
         )
 
     def __repr__(self) -> str:
-        return f"DicomStore(chunk_size={self.chunk_size}, source={self._tier.source})"
+        return f"DicomStore(chunk_size={self.chunk_size})"
 
     def __enter__(self) -> Self:
         return self
@@ -137,6 +137,7 @@ class DicomStore:
         under: str = "",
         replace: bool = False,
         repair: bool = False,
+        pixels: bool = True,
     ) -> pd.DataFrame:
         """Load a DICOM file or a slide, or all of them below a folder.
 
@@ -157,6 +158,9 @@ class DicomStore:
         repair : bool, optional
             Whether every chunk that is stored already is checked by its CRC-32, and sent again if
             it is damaged.
+        pixels : bool, optional
+            Whether the bytes are sent. Without, only documents are made: everything can be found,
+            and a store with a `source` fetches the bytes when they are read.
 
         Returns
         -------
@@ -181,7 +185,9 @@ class DicomStore:
             self._catalogue.ensure()
         found = [(source.name, source, "")] if source.is_file() else walk(source)
         loads = [Load(prefix + path, file, problem) for path, file, problem in found]
-        self._loader.load(loads, replace=replace, repair=repair, shown=self.progress)
+        self._loader.load(
+            loads, replace=replace, repair=repair, cold=not pixels, shown=self.progress
+        )
         rows = [load.row for load in loads]
         unindexed = self._unindexed([row["key"] for row in rows if row["key"]])
         for row in rows:

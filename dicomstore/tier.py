@@ -7,15 +7,15 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from dicomstore.blobs.chunks import Chunks, is_sound
 from dicomstore.blobs.manifest import Manifest
 from dicomstore.blobs.versions import Versions
 from dicomstore.errors import DifferentImageError, MissingChunkError, NotDicomError, ServerError
-from dicomstore.keys import file_below, path_of, shown_path
+from dicomstore.keys import path_of, shown_path
 from dicomstore.loading import Load, Loader
+from dicomstore.source import Source
 
 
 class Tier:
@@ -26,11 +26,10 @@ class Tier:
     chunks : Chunks
     versions : Versions
     loader : Loader
-    source : path, optional
-        The folder that the files were loaded from. It is only read, and no link is followed out
-        of it.
-    renew_below_ms : int, optional
-        A file that is read with less time to live than this gets its whole time again.
+    source : path or URL, optional
+        Where the files were loaded from.
+    renew : bool
+        Whether a file that is read with less than half of its time to live gets the whole again.
     """
 
     def __init__(
@@ -39,13 +38,14 @@ class Tier:
         versions: Versions,
         loader: Loader,
         source: str | os.PathLike[str] | None,
-        renew_below_ms: int | None,
+        *,
+        renew: bool,
     ) -> None:
-        self.source = None if source is None else Path(source).resolve()
+        self._source = None if source is None else Source(source)
         self._chunks = chunks
         self._versions = versions
         self._loader = loader
-        self._renew_below_ms = renew_below_ms
+        self._renew = renew
         self._reads: Counter[bool] = Counter()
         self._lock = threading.Lock()
         self._gaps: dict[str, tuple[threading.Lock, list[None]]] = {}
@@ -70,12 +70,12 @@ class Tier:
         """Count a read of a whole file, and renew its time to live where that is wanted."""
         with self._lock:
             self._reads[hit] += 1
-        if self._renew_below_ms is not None:
-            self._versions.prolong(manifest, below_ms=self._renew_below_ms)
+        if self._renew:
+            self._chunks.keep(manifest, below=0.5)
 
     def mender(self) -> Mender | None:
         """Return what fetches lost chunks for one read; None without a source."""
-        return None if self.source is None else Mender(self)
+        return None if self._source is None else Mender(self)
 
     def mend(self, manifest: Manifest, crcs: Mapping[int, int]) -> dict[int, bytes]:
         """Fetch lost chunks from the source and put them back; many readers at once fetch once.
@@ -121,7 +121,7 @@ class Tier:
 
     def load_evicted(self, key: str) -> bool:
         """Load the file of a document that is gone from the source; return whether it is there."""
-        if self.source is None:
+        if self._source is None:
             return False
         with self._one_at_a_time(key):
             if self._versions.members(key, ("version",)) is not None:
@@ -133,36 +133,25 @@ class Tier:
             return True
 
     def _fetch(self, manifest: Manifest, numbers: list[int]) -> dict[int, bytes]:
-        with self._opened(manifest.chunk_key(numbers[0]), manifest.key) as file:
-            pieces = {}
-            for number in numbers:
-                file.seek(manifest.offset(number))
-                pieces[number] = file.read(manifest.length(number))
-            return pieces
-
-    @contextlib.contextmanager
-    def _opened(self, chunk: str, key: str) -> Iterator[Any]:
+        assert self._source is not None
+        ranges = [(manifest.offset(number), manifest.length(number)) for number in numbers]
         try:
-            with open(self._file(key), "rb", buffering=0) as file:
-                yield file
+            pieces = self._source.ranges(manifest.key, ranges)
         except OSError as error:
+            chunk = manifest.chunk_key(numbers[0])
             raise MissingChunkError(
                 f"The chunk {chunk} is gone or damaged, and the source cannot help: "
                 f"{error.strerror or error}.",
                 (chunk,),
             ) from error
-
-    def _file(self, key: str) -> Path:
-        assert self.source is not None
-        file = file_below(self.source, key)
-        if not file.resolve().is_relative_to(self.source) or not file.is_file():
-            raise FileNotFoundError(0, "it has no such file")
-        return file
+        return dict(zip(numbers, pieces, strict=True))
 
     def _load(self, key: str) -> None:
         """Load a whole file from the source."""
+        assert self._source is not None
         try:
-            self._loader.load([Load(path_of(key), self._file(key), strict=True)])
+            with self._source.file(key) as file:
+                self._loader.load([Load(path_of(key), file, strict=True)])
         except ServerError:
             raise
         except (OSError, NotDicomError, DifferentImageError) as error:

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from blake3 import blake3
 
-from dicomstore.blobs.manifest import ATTACHMENTS, BATCH_BYTES, Document, Manifest
+from dicomstore.blobs.manifest import BATCH_BYTES, Document, Manifest
 from dicomstore.blobs.wire import ChunkStream, crc32, run
 from dicomstore.errors import DamagedError, MissingChunkError
 from dicomstore.server.connection import SOCKET_TIMEOUT_S, Server
 
-#: Chunks that expire do so this much later than their document (ms). Longer than a lease, so that a
-#: load that stalls before its commit cannot leave a document that outlives its chunks.
-CHUNKS_OUTLIVE_MS = 60_000
 #: `read_each` holds about so many bytes of files at a time, and one file at least.
 WINDOW_BYTES = 64 * 1024 * 1024
 
@@ -37,17 +35,23 @@ class Chunks:
     ----------
     server : Server
     ttl_ms : int, optional
-        Time to live of the documents whose chunks are sent; the chunks live a little longer.
+        Time to live of the chunks that are sent (ms). What is small stays: a version's attachments
+        have none.
     """
 
     def __init__(self, server: Server, ttl_ms: int | None = None) -> None:
         self._server = server
-        self._ttl_ms = None if ttl_ms is None else ttl_ms + CHUNKS_OUTLIVE_MS
+        self._ttl_ms = ttl_ms
 
     # --- in ---
 
     def send(
-        self, manifest: Manifest, read_into: ReadInto, sent: Callable[[int], None]
+        self,
+        manifest: Manifest,
+        read_into: ReadInto,
+        done: Callable[[int], None],
+        *,
+        cold: bool = False,
     ) -> tuple[str, list[int]]:
         """Send all chunks; return the BLAKE3 and the chunks' CRC-32 of the very bytes sent.
 
@@ -56,8 +60,10 @@ class Chunks:
         manifest : Manifest
         read_into : callable
             Called in order, also in a thread.
-        sent : callable
-            Told of every number of bytes that was sent.
+        done : callable
+            Told of every number of bytes that was read to be sent.
+        cold : bool, optional
+            Whether the chunks are only read and not sent.
         """
         digest, crc = blake3(), []
 
@@ -67,10 +73,14 @@ class Chunks:
                 digest.update(view)
                 crc.append(crc32(view))
             count = sum(map(len, views))
-            sent(count)
+            done(count)
             return count
 
-        if self._goes_by_wire(manifest.size):
+        if cold:
+            scratch = memoryview(bytearray(manifest.chunk_size))
+            for number in range(manifest.count):
+                read([scratch[: manifest.length(number)]])
+        elif self._goes_by_wire(manifest.size):
             chunks = manifest.chunks()
             self._stream(lambda stream: stream.send(chunks, read, expire_ms=self._ttl_ms))
         else:
@@ -86,7 +96,7 @@ class Chunks:
     def send_attachments(self, manifest: Manifest, attachments: Mapping[str, bytes]) -> None:
         """Store what lies beside the chunks of a version."""
         self._server.commands(
-            [self._set(manifest.attachment_key(name), text) for name, text in attachments.items()]
+            [("SET", manifest.attachment_key(name), text) for name, text in attachments.items()]
         )
 
     def put_back(self, manifest: Manifest, chunks: Mapping[int, bytes]) -> None:
@@ -208,21 +218,16 @@ class Chunks:
                     faults[number] = "damaged"
         return faults
 
-    def expire(self, manifest: Manifest, *, longer: bool = False) -> None:
-        """Give the chunks the time to live of what this store sends, or none.
+    def keep(self, manifest: Manifest, *, below: float = math.inf) -> None:
+        """Let the chunks live as long as what is sent now, if less than `below` (0 to 1) is left.
 
-        With `longer`, none gets less time than it has.
+        None gets less time than it has.
         """
-        condition = ("GT",) if longer else ()
-        keys = [*manifest.chunk_keys(), *map(manifest.attachment_key, ATTACHMENTS)]
-        self._server.commands(
-            [
-                ("PERSIST", key)
-                if self._ttl_ms is None
-                else ("PEXPIRE", key, self._ttl_ms, *condition)
-                for key in keys
-            ]
-        )
+        left = self._server.command("PTTL", manifest.chunk_key(0))
+        if left == -1 or left >= below * (self._ttl_ms or math.inf):  # -1: it stays for good
+            return
+        command = ("PERSIST",) if self._ttl_ms is None else ("PEXPIRE", self._ttl_ms, "GT")
+        self._server.commands([(command[0], key, *command[1:]) for key in manifest.chunk_keys()])
 
     def unlink(self, manifest: Manifest) -> None:
         """Remove all keys of a version, its lease among them."""

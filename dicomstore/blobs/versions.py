@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import math
 import os
 import re
 import secrets
@@ -65,20 +64,17 @@ class Stored(NamedTuple):
 
 
 class Versions:
-    """Reads documents, and commits, prolongs, deletes and sweeps versions.
+    """Reads documents, and commits, deletes and sweeps versions.
 
     Parameters
     ----------
     server : Server
     chunks : Chunks
-    ttl_ms : int, optional
-        Time to live of the documents that are committed.
     """
 
-    def __init__(self, server: Server, chunks: Chunks, ttl_ms: int | None = None) -> None:
+    def __init__(self, server: Server, chunks: Chunks) -> None:
         self._server = server
         self._chunks = chunks
-        self._ttl_ms = ttl_ms
         self._leases = Leases(server)
 
     # --- documents ---
@@ -189,11 +185,6 @@ class Versions:
                 may_replace(replaced, members)
             pipe.multi()
             pipe.execute_command("JSON.SET", key, "$", text)
-            # JSON.SET keeps the time to live that the key has.
-            if self._ttl_ms is None:
-                pipe.persist(key)
-            else:
-                pipe.pexpire(key, self._ttl_ms)
             pipe.delete(manifest.lease)
             return "loaded" if replaced is None else "replaced"
 
@@ -201,7 +192,7 @@ class Versions:
         if status == "unchanged":
             self._chunks.unlink(manifest)
             assert replaced is not None and replaced.document is not None
-            self.prolong(replaced.document.manifest)
+            self._chunks.keep(replaced.document.manifest)
         elif status == "replaced" and replaced is not None and replaced.document is not None:
             self._chunks.unlink(replaced.document.manifest)
         return status
@@ -239,29 +230,6 @@ class Versions:
             return True
         self._chunks.unlink(manifest)  # replaced meanwhile: nothing else would remove them
         return False
-
-    def prolong(self, manifest: Manifest, *, below_ms: float = math.inf) -> bool:
-        """Let a version live as long as what is committed now, if it has less than `below_ms` left.
-
-        It never gets less time than it has. Its chunks go first, so that the document never
-        outlives them. Return whether it is still the stored version.
-        """
-        left = self._server.command("PTTL", manifest.key)
-        if left == -1 or left >= below_ms:  # -1: it does not expire, nor do its chunks
-            return True
-        self._chunks.expire(manifest, longer=True)
-
-        def change(pipe: Any) -> bool:
-            if _version(pipe, manifest.key) != manifest.version:
-                return False
-            pipe.multi()
-            if self._ttl_ms is None:
-                pipe.persist(manifest.key)
-            else:
-                pipe.pexpire(manifest.key, self._ttl_ms, gt=True)
-            return True
-
-        return self._transaction([manifest.key], change)
 
     def delete(self, key: str) -> None:
         """Delete a file: its document first, so that no reader meets half of it."""
