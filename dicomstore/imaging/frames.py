@@ -143,7 +143,7 @@ def _pixels(file: BinaryIO, order: str) -> _Pixels | None:
     file.seek(start)
     # Some files have the other one of both encodings than they say; pydicom looks as well.
     implicit = [not opening[4:6].isalpha()]  # for the data set, and each item that is open
-    tables = {}
+    tables: dict[int, Span] = {}
     for _ in range(ELEMENTS_LIMIT):
         head = file.read(8)
         if len(head) < 8:
@@ -300,7 +300,9 @@ def _ends_of_images(file: BinaryIO, fragments: Offsets) -> Offsets:
 
 
 def _packed(offsets: Offsets) -> bytes:
-    return zlib.compress(np.diff(offsets).astype("<u8").tobytes())
+    """Return the frames' lengths, compressed: first the lowest bytes of all, then the next ones."""
+    planes = np.diff(offsets).astype("<u8").view(np.uint8).reshape(-1, 8).T
+    return zlib.compress(planes.tobytes())
 
 
 # --- when a frame is read ------------------------------------------------------------------------
@@ -333,7 +335,7 @@ class Frames:
     @staticmethod
     def needs_table(member: Mapping[str, Any] | None) -> bool:
         """Whether frames can be found only with the table that lies beside the chunks."""
-        return bool(member) and "span" in member and member["count"] > 1
+        return member is not None and "span" in member and member["count"] > 1
 
     @property
     def count(self) -> int:
@@ -416,22 +418,21 @@ class Frames:
         """
         member = self.member or {}
         syntax = UID(self.syntax or ImplicitVRLittleEndian)
-        options = {
+        options: dict[str, Any] = {
             option: self.attributes[keyword]
             for keyword, option in OPTIONS.items()
             if keyword in self.attributes
         }
+        options["number_of_frames"] = 1
         options["pixel_keyword"] = member.get("keyword", "PixelData")
         options["pixel_vr"] = member.get("vr", "OW")
+        # pylibjpeg-rle panics at broken data, with an exception that is no Exception.
+        options["decoding_plugin"] = "pydicom" if syntax == RLELossless else ""
         source = stored
         if "bits" not in member:
             source = b"".join((EMPTY_TABLE, ITEM, struct.pack("<L", len(stored)), stored))
-        # pylibjpeg-rle panics at broken data, with an exception that is no Exception.
-        plugin = "pydicom" if syntax == RLELossless else ""
         try:
-            decoded, _ = get_decoder(syntax).as_array(
-                source, index=0, number_of_frames=1, decoding_plugin=plugin, **options
-            )
+            decoded, _ = get_decoder(syntax).as_array(source, index=0, **options)
         except (*header.UNREADABLE, MemoryError) as error:
             reason = " ".join(str(error).split())[:LONGEST_REASON].rstrip(".")
             raise FrameError(f"Frame {k} of {self.name} cannot be decoded: {reason}.") from error
@@ -445,7 +446,8 @@ class Frames:
             return np.array([first, last], np.int64)
         try:
             raw = zlib.decompressobj().decompress(self.table or b"", 8 * count + 1)
-            lengths = np.frombuffer(raw, "<u8").astype(np.int64)
+            planes = np.frombuffer(raw, np.uint8).reshape(8, count)
+            lengths = np.ascontiguousarray(planes.T).view("<u8").ravel().astype(np.int64)
         except (ValueError, zlib.error):
             lengths = np.array([], np.int64)
         if len(lengths) != count or lengths.min() < 8 or lengths.sum() != last - first:
