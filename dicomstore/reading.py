@@ -256,6 +256,29 @@ class Reading:
             chunks += group
         return check(manifest, numbers, chunks, crcs, mend)
 
+    def is_current(self, manifest: Manifest) -> bool:
+        """Whether this is still the stored version."""
+        return self._versions.is_current(manifest)
+
+    def spans(self, manifest: Manifest, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return pieces of one version of a file, given offset and length, a batch a round trip."""
+        touched = [
+            range(manifest.number_at(offset), manifest.number_at(offset + max(length, 1) - 1) + 1)
+            for offset, length in spans
+        ]
+        numbers = sorted({number for each in touched for number in each})
+        step = max(1, BATCH_BYTES // manifest.chunk_size)
+        chunks: dict[int, bytes] = {}
+        for first in range(0, len(numbers), step):
+            batch = numbers[first : first + step]
+            chunks |= zip(batch, self.some_mended(manifest, batch), strict=True)
+        pieces = []
+        for (offset, length), own in zip(spans, touched, strict=True):
+            begin = offset - manifest.offset(own[0])
+            whole = chunks[own[0]] if len(own) == 1 else b"".join(chunks[n] for n in own)
+            pieces.append(whole[begin : begin + length])
+        return pieces
+
     def some_mended(self, manifest: Manifest, numbers: Sequence[int]) -> list[bytes]:
         """As `some`; what Redis has lost comes from the source, where there is one."""
         return self.some(manifest, numbers, self._tier.mender())

@@ -59,16 +59,24 @@ def restore(
     return _report(reading, keys, write, "Restoring", shown=shown)
 
 
-def verify(reading: Reading, chunks: Chunks, keys: Sequence[str], *, shown: bool) -> pd.DataFrame:
+def verify(
+    reading: Reading, chunks: Chunks, keys: Sequence[str], *, has_source: bool, shown: bool
+) -> pd.DataFrame:
     """Check the files of `keys`; see `DicomStore.verify`."""
+    hot: dict[str, float] = {}
 
     def check(document: Document) -> str:
+        hot[document.key] = 1.0
         try:
             chunks.copy(document, len)
         except (MissingChunkError, DamagedError) as error:
             faults = chunks.faults(document)
             if not faults:
                 raise
+            lost = sum(map(document.manifest.length, faults))
+            hot[document.key] = 1 - lost / document.manifest.size
+            if has_source and set(faults.values()) == {"gone"}:
+                return "cold"
             named = ", ".join(
                 f"the chunk {document.manifest.chunk_key(number)} is {what}"
                 for number, what in faults.items()
@@ -76,7 +84,9 @@ def verify(reading: Reading, chunks: Chunks, keys: Sequence[str], *, shown: bool
             raise type(error)(f"{named}. {LOAD_AGAIN}") from None
         return "ok"
 
-    return _report(reading, keys, check, "Verifying", shown=shown)
+    report = _report(reading, keys, check, "Verifying", shown=shown)
+    report.insert(3, "hot", [hot.get(key, 0.0) for key in report["key"]])
+    return report
 
 
 def _report(

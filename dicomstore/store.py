@@ -26,6 +26,7 @@ from dicomstore.loading import Load, Loader, walk
 from dicomstore.reading import Reading
 from dicomstore.server.connection import Client, Server
 from dicomstore.tier import Tier
+from dicomstore.viewing import Viewing
 
 UNINDEXED = "stored, but no search finds it: a value does not fit the type of an indexed field"
 REPORT_COLUMNS = ["path", "key", "size", "chunks", "status", "reason"]
@@ -94,6 +95,7 @@ class DicomStore:
         self._reading = Reading(
             self._server, self._chunks, self._versions, self._tier, self._catalogue
         )
+        self._viewing = Viewing(self._server, self._reading)
 
     def __repr__(self) -> str:
         return f"DicomStore(chunk_size={self.chunk_size})"
@@ -371,6 +373,52 @@ class DicomStore:
         """Return the BLAKE3 that was stored with a file; `name` as for :meth:`read`."""
         return str(self._reading.members(_name(name), ("blake3",))[1].get("blake3"))
 
+    def frame_bytes(self, name: Any, k: Any) -> Any:
+        """Return a frame as it is stored, fetching only the chunks that hold it.
+
+        Parameters
+        ----------
+        name : str or pandas.Series
+            As for :meth:`read`.
+        k : int, or sequence of int
+            The frame's number, from 0; or several.
+
+        Returns
+        -------
+        bytes, or list of bytes
+            As in the file, or the joined fragments of an encapsulated frame (PS3.5 A.4).
+
+        Raises
+        ------
+        FrameError
+            If there is no such frame, or the file does not say where its frames begin.
+        """
+        several = not isinstance(k, int)
+        found = self._viewing.frame_bytes(_name(name), k if several else [k])
+        return found if several else found[0]
+
+    def frame(self, name: Any, k: Any) -> Any:
+        """Return a frame decoded, fetching only the chunks that hold it.
+
+        Parameters
+        ----------
+        name, k
+            As for :meth:`frame_bytes`.
+
+        Returns
+        -------
+        numpy.ndarray, or list of numpy.ndarray
+            Of shape (rows, columns) or (rows, columns, 3), colours as RGB, no rescale applied.
+
+        Raises
+        ------
+        FrameError
+            As for :meth:`frame_bytes`, and if the frame cannot be decoded.
+        """
+        several = not isinstance(k, int)
+        found = self._viewing.frames(_name(name), k if several else [k])
+        return found if several else found[0]
+
     def restore(
         self,
         folder: str | os.PathLike[str],
@@ -418,11 +466,15 @@ class DicomStore:
         Returns
         -------
         pandas.DataFrame
-            One row for every document: ``path``, ``key``, ``size`` (bytes), ``status`` (ok or
-            damaged) and ``reason``, which names every chunk that is gone or damaged.
+            One row for every document: ``path``, ``key``, ``size`` (bytes), ``hot`` (the share of
+            its bytes that Redis has, 0 to 1), ``status`` (ok, damaged, or cold where chunks are
+            only in the source) and ``reason``, which names every chunk that is gone or damaged.
         """
         keys = self._keys(names, under)
-        return restoring.verify(self._reading, self._chunks, keys, shown=self.progress)
+        return restoring.verify(
+            self._reading, self._chunks, keys,
+            has_source=self._tier.has_source, shown=self.progress,
+        )  # fmt: skip
 
     def _keys(self, names: Any, under: str) -> list[str]:
         """Return the keys of the named files, of all by default; only those in a folder."""

@@ -57,6 +57,11 @@ class Tier:
         self.__dict__.update(state, _lock=threading.Lock())
 
     @property
+    def has_source(self) -> bool:
+        """Whether there is a place that lost chunks come from."""
+        return self._source is not None
+
+    @property
     def hits(self) -> int:
         """How many reads found the whole file in Redis."""
         return self._reads[True]
