@@ -23,6 +23,7 @@ from dicomstore.errors import NotDicomError, NoThumbnailError, SearchError
 from dicomstore.imaging import describing, header, thumbnail
 from dicomstore.keys import checked_path, path_of, shown_path
 from dicomstore.loading import Load, Loader, walk
+from dicomstore.prefetching import Around, Prefetch, Prefetcher
 from dicomstore.reading import Reading
 from dicomstore.server.connection import Client, Server
 from dicomstore.tier import Tier
@@ -57,6 +58,11 @@ class DicomStore:
         Where the files were loaded from: a folder, or whatever fsspec opens, as
         ``"s3://bucket/folder"``. Chunks that have expired, were evicted or are damaged come from
         there again when they are read, and so do files whose document is gone.
+    prefetch : {"series", "study"}, optional
+        Whether a read that has to fetch from the source has the rest of the series or of the study
+        fetched in the background.
+    prefetch_mib_per_s : float, optional
+        Fetching in the background takes no more than this (MiB/s).
 
     Raises
     ------
@@ -76,6 +82,8 @@ class DicomStore:
         ttl: float | None = None,
         renew: bool = False,
         source: str | os.PathLike[str] | None = None,
+        prefetch: str | None = None,
+        prefetch_mib_per_s: float = 100.0,
     ) -> None:
         if not 1 <= chunk_size <= BATCH_BYTES:
             raise ValueError(f"chunk_size is {chunk_size}; it can be 1 to {BATCH_BYTES} bytes.")
@@ -83,6 +91,10 @@ class DicomStore:
             raise ValueError(f"ttl is {ttl}; give seconds, or None for files that stay.")
         if renew and ttl is None:
             raise ValueError("renew=True needs a ttl: files without one do not expire.")
+        if prefetch not in (None, "series", "study"):
+            raise ValueError(f"prefetch is {prefetch!r}; it can be 'series' or 'study'.")
+        if prefetch and source is None:
+            raise ValueError("prefetch needs a source to fetch from.")
         ttl_ms = None if ttl is None else round(ttl * 1000)
         self.chunk_size = chunk_size
         self.progress = progress
@@ -95,6 +107,12 @@ class DicomStore:
         self._reading = Reading(
             self._server, self._chunks, self._versions, self._tier, self._catalogue
         )
+        self._prefetcher = Prefetcher(
+            self._chunks, self._versions, self._tier, prefetch_mib_per_s * 1024 * 1024
+        )
+        if prefetch:
+            around = Around(self._reading, self._catalogue, self._prefetcher, prefetch)
+            self._tier.on_miss = around.missed
         self._viewing = Viewing(self._server, self._reading)
 
     def __repr__(self) -> str:
@@ -108,6 +126,7 @@ class DicomStore:
 
     def close(self) -> None:
         """End what the store has started; the client that it was given stays open."""
+        self._prefetcher.close()
         describing.end_idle_workers()
         self._server.close()
 
@@ -484,6 +503,62 @@ class DicomStore:
             keys = [self._reading.members(name, ("version",))[0] for name in _names(names)]
         folder = f"{checked_path(under.strip('/'))}/" if under else ""
         return [key for key in keys if path_of(key).startswith(folder)]
+
+    # --- a hot tier ---
+
+    def prefetch(self, names: Any = None, **conditions: Any) -> Prefetch:
+        """Fetch from the source in the background what Redis lacks of some files.
+
+        Reads that need the source come first. The work ends with :meth:`close`.
+
+        Parameters
+        ----------
+        names : sequence of str, or pandas.DataFrame, optional
+            As for :meth:`read_many`.
+        **conditions
+            As for :meth:`find`, in place of `names`.
+
+        Returns
+        -------
+        Prefetch
+            How far it has come; ``wait()`` waits for its end.
+
+        Raises
+        ------
+        ValueError
+            If the store has no source, or neither names nor conditions are given.
+        """
+        if not self._tier.has_source:
+            raise ValueError("There is nothing to fetch from: give the store a source.")
+        if (names is None) == (not conditions):
+            raise ValueError("Give either names or conditions of the files to fetch.")
+        keys = self._catalogue.keys_of(**conditions) if names is None else self._keys(names, "")
+        prefetch = Prefetch(keys)
+        self._prefetcher.start(prefetch, lambda: keys)
+        return prefetch
+
+    def prefetch_priors(self, patient: str, last: int = 3) -> Prefetch:
+        """Fetch a patient's latest studies in the background, as before an appointment.
+
+        Parameters
+        ----------
+        patient : str
+            The Patient ID.
+        last : int, optional
+            How many studies, by their Study Date.
+
+        Returns
+        -------
+        Prefetch
+        """
+        if last < 1:
+            raise ValueError(f"last is {last}; give a number of studies, at least 1.")
+        found = self._catalogue.find(
+            patientID=patient, columns=("studyInstanceUID", "studyDate"), studyInstanceUID=...
+        )[0]
+        latest = found.groupby("studyInstanceUID")["studyDate"].max()
+        studies = latest.sort_values(ascending=False, na_position="last").index[:last]
+        return self.prefetch(found[found["studyInstanceUID"].isin(studies)])
 
     # --- searching ---
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from dicomstore.blobs.chunks import Chunks, is_sound
@@ -46,12 +46,15 @@ class Tier:
         self._versions = versions
         self._loader = loader
         self._renew = renew
+        #: Called with the key of a file that a read had to fetch.
+        self.on_miss: Callable[[str], None] | None = None
         self._reads: Counter[bool] = Counter()
         self._lock = threading.Lock()
+        self._fetching = 0
         self._gaps: dict[str, tuple[threading.Lock, list[None]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None, "_gaps": {}}
+        return {**self.__dict__, "_lock": None, "_gaps": {}, "_fetching": 0}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
@@ -77,6 +80,22 @@ class Tier:
             self._reads[hit] += 1
         if self._renew:
             self._chunks.keep(manifest, below=0.5)
+
+    @property
+    def is_fetching(self) -> bool:
+        """Whether a read waits for the source."""
+        return self._fetching > 0
+
+    @contextlib.contextmanager
+    def fetching(self) -> Iterator[None]:
+        """Say for the ``with`` block that a read waits for the source."""
+        with self._lock:
+            self._fetching += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._fetching -= 1
 
     def mender(self) -> Mender | None:
         """Return what fetches lost chunks for one read; None without a source."""
@@ -190,4 +209,8 @@ class Mender:
 
     def __call__(self, manifest: Manifest, crcs: Mapping[int, int]) -> dict[int, bytes]:
         self.was_needed = True
-        return self._tier.mend(manifest, crcs)
+        with self._tier.fetching():
+            found = self._tier.mend(manifest, crcs)
+        if self._tier.on_miss is not None:
+            self._tier.on_miss(manifest.key)
+        return found

@@ -207,6 +207,11 @@ class Chunks:
             for manifest, own in zip(manifests, commands, strict=True)
         ]
 
+    def gone(self, manifest: Manifest) -> list[int]:
+        """Return the numbers of the chunks that are not in Redis, in one round trip."""
+        replies = self._server.commands([("EXISTS", key) for key in manifest.chunk_keys()])
+        return [number for number, there in enumerate(replies) if not there]
+
     def faults(self, document: Document) -> dict[int, str]:
         """Return what is wrong with each chunk that is not as it was stored: gone or damaged."""
         manifest, faults = document.manifest, {}
