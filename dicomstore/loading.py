@@ -23,20 +23,25 @@ from dicomstore.blobs.manifest import (
     Document,
     Manifest,
 )
-from dicomstore.blobs.versions import Stored, Versions
+from dicomstore.blobs.versions import Stored, Versions, Write
 from dicomstore.blobs.wire import crc32
 from dicomstore.errors import DamagedError, DifferentImageError, NotDicomError, ServerError
 from dicomstore.imaging.describing import Description, describe_all
 from dicomstore.keys import document_key, shown_path
+from dicomstore.server.connection import Command
 
 CHANGED = "changed while it was read; load it again"
 PARTIAL_HEADER = "its header could be read only in part"
 NO_THUMBNAIL = "its pixels take too much time or memory to decode: similar() does not find it"
 #: So many documents are looked up together, to see which files are stored already.
 LOOK_UP = 32
+#: Small files are sent and committed together: so many, or of so many bytes.
+TOGETHER = 32
+TOGETHER_BYTES = 4 * 1024 * 1024
 #: What has to be known of a stored file before it is loaded again.
 STORED_MEMBERS = (
     *STORAGE_MEMBERS, "sopInstanceUID", "vendor", "rows", "headerPartial", "thumbnail",
+    "attachments",
 )  # fmt: skip
 
 
@@ -187,17 +192,30 @@ class Loader:
         progress = Progress(loads, shown=shown)
         new = self._new(loads, progress, repair=repair, cold=cold)
         described = describe_all(new, len(loads), self._thumbnails)
+        together: list[tuple[Load, Write, list[str]]] = []
         with contextlib.closing(progress), contextlib.closing(described):
             for (load, stored), description in described:
                 with load.reporting():
                     if isinstance(description, OSError):
                         raise description
                     if load.row["status"] == "skipped":
-                        self._store(load, stored, description, progress, replace=replace, cold=cold)
-                    elif stored and stored.document and description.thumbnail:
-                        manifest = stored.document.manifest
-                        self._versions.set_member(manifest, "thumbnail", description.thumbnail)
-                progress.finished(load)
+                        reasons = self._check(load, stored, description, replace=replace)
+                        with load.opened() as file:
+                            send = _Sending(self._chunks, load, file, description, progress, cold)
+                            write = self._write(load, send, replace=replace)
+                            if load.row["size"] > TOGETHER_BYTES:
+                                self._finish([(load, write, reasons)], progress)
+                            else:
+                                together.append((load, write, reasons))
+                    else:
+                        self._add_thumbnail(stored, description)
+                if not together or together[-1][0] is not load:
+                    progress.finished(load)
+                size = sum(write.size for _, write, _ in together)
+                if len(together) == TOGETHER or size > TOGETHER_BYTES:
+                    self._finish(together, progress)
+                    together = []
+            self._finish(together, progress)
 
     def _new(
         self, loads: Sequence[Load], progress: Progress, *, repair: bool, cold: bool
@@ -229,7 +247,10 @@ class Loader:
         document = stored and stored.document
         if stored is None or document is None or not 0 < load.size() == document.manifest.size:
             return False
-        if document.manifest.chunk_size != self._chunk_size:
+        attachments = stored.members.get("attachments", {})
+        if document.manifest.chunk_size != self._chunk_size or not self._chunks.has_attachments(
+            document.manifest, attachments
+        ):
             return False
         with load.opened() as file:
             if load.row["size"] != document.manifest.size or _digest(file) != document.blake3:
@@ -266,65 +287,87 @@ class Loader:
                 pieces = {}
         return "repaired" if faults else "unchanged"
 
-    def _store(
-        self,
-        load: Load,
-        stored: Stored | None,
-        description: Description,
-        progress: Progress,
-        *,
-        replace: bool,
-        cold: bool,
-    ) -> None:
+    def _check(
+        self, load: Load, stored: Stored | None, description: Description, *, replace: bool
+    ) -> list[str]:
+        """Raise if a file cannot be stored; return what its row has to say if it can."""
         members = description.members
         if load.size() == 0:
             raise NotDicomError("an empty file")
         if members is None:
             raise NotDicomError("neither DICOM (no DICM, no SOP Class UID) nor a slide")
-        if description.thumbnail:
-            members["thumbnail"] = description.thumbnail
+        if stored is not None and not replace:
+            new = {**members, "size": load.size()}
+            _refuse_different_image(load.path, stored.members, new)
+        reasons = [PARTIAL_HEADER] if "headerPartial" in members else []
+        return reasons + ([NO_THUMBNAIL] if description.given_up and self._thumbnails else [])
 
+    def _write(self, load: Load, send: _Sending, *, replace: bool) -> Write:
         def may_replace(stored: Stored, new: Mapping[str, Any]) -> None:
             if not replace:
                 _refuse_different_image(load.path, stored.members, new)
 
-        if stored is not None:
-            may_replace(stored, {**members, "size": load.size()})
-        reasons = [PARTIAL_HEADER] if "headerPartial" in members else []
-        reasons += [NO_THUMBNAIL] if description.given_up and self._thumbnails else []
-        with load.opened() as file:
-            if load.modified != description.modified:
-                raise OSError(errno.EIO, CHANGED)
+        return Write(load.key, load.row["size"], self._chunk_size, send, may_replace)
 
-            def send(manifest: Manifest) -> dict[str, Any]:
-                return self._send(load, file, manifest, description, progress, cold=cold)
+    def _finish(
+        self, together: Sequence[tuple[Load, Write, list[str]]], progress: Progress
+    ) -> None:
+        """Store files, and note in their rows what became of them."""
+        self._versions.write([write for _, write, _ in together])
+        for load, write, reasons in together:
+            with load.reporting():
+                if isinstance(write.outcome, Exception):
+                    raise write.outcome
+                load.succeeded(str(write.outcome), write.manifest.count, reasons)
+            progress.finished(load)
 
-            status, manifest = self._versions.write(
-                load.key, load.row["size"], self._chunk_size, send, may_replace
-            )
-        load.succeeded(status, manifest.count, reasons)
+    def _add_thumbnail(self, stored: Stored | None, description: Description) -> None:
+        """Give a document the thumbnail that it was stored without."""
+        if stored and stored.document and description.thumbnail:
+            manifest = stored.document.manifest
+            self._versions.set_member(manifest, "thumbnail", description.thumbnail)
 
-    def _send(
+
+class _Sending:
+    """Sends one file's chunks, and says what its document has to be."""
+
+    def __init__(
         self,
+        chunks: Chunks,
         load: Load,
         file: BinaryIO,
-        manifest: Manifest,
         description: Description,
         progress: Progress,
-        *,
         cold: bool,
-    ) -> dict[str, Any]:
-        """Send the chunks of a version; return its document."""
+    ) -> None:
+        self._chunks = chunks
+        self._load = load
+        self._file = file
+        self._description = description
+        self._progress = progress
+        self._cold = cold
+        if load.modified != description.modified:
+            raise OSError(errno.EIO, CHANGED)
+
+    def __call__(self, manifest: Manifest, together: list[Command]) -> dict[str, Any]:
+        file, description = self._file, self._description
         file.seek(0)
         digest, crc = self._chunks.send(
-            manifest, lambda view: _fill(file, view), progress.sent, cold=cold
+            manifest,
+            lambda view: _fill(file, view),
+            self._progress.sent,
+            together,
+            cold=self._cold,
         )
-        self._chunks.send_attachments(manifest, description.attachments)
-        if file.read(1) or _modified(file) not in (None, load.modified):
+        if file.read(1) or _modified(file) not in (None, self._load.modified):
             raise OSError(errno.EIO, CHANGED)
+        together += self._chunks.attach(manifest, description.attachments)
         attachments = {name: crc32(text) for name, text in description.attachments.items()}
+        members = dict(description.members or {})
+        if description.thumbnail:
+            members["thumbnail"] = description.thumbnail
         return {
-            "imageName": shown_path(load.path.rpartition("/")[2]),
+            "imageName": shown_path(self._load.path.rpartition("/")[2]),
             "size": manifest.size,
             "blake3": digest,
             "version": manifest.version,
@@ -333,7 +376,7 @@ class Loader:
             "crc": crc,
             "chunks": manifest.chunk_keys(),
             **({"attachments": attachments} if attachments else {}),
-            **(description.members or {}),
+            **members,
         }
 
 

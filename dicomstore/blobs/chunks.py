@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from blake3 import blake3
@@ -17,7 +17,7 @@ from blake3 import blake3
 from dicomstore.blobs.manifest import BATCH_BYTES, Document, Manifest
 from dicomstore.blobs.wire import ChunkStream, crc32, run
 from dicomstore.errors import DamagedError, MissingChunkError
-from dicomstore.server.connection import SOCKET_TIMEOUT_S, Server
+from dicomstore.server.connection import SOCKET_TIMEOUT_S, Command, Server
 
 #: `read_each` holds about so many bytes of files at a time, and one file at least.
 WINDOW_BYTES = 64 * 1024 * 1024
@@ -50,6 +50,7 @@ class Chunks:
         manifest: Manifest,
         read_into: ReadInto,
         done: Callable[[int], None],
+        together: list[Command] | None = None,
         *,
         cold: bool = False,
     ) -> tuple[str, list[int]]:
@@ -62,6 +63,8 @@ class Chunks:
             Called in order, also in a thread.
         done : callable
             Told of every number of bytes that was read to be sent.
+        together : list, optional
+            Where the commands for a file of one batch are appended, to be sent with others.
         cold : bool, optional
             Whether the chunks are only read and not sent.
         """
@@ -88,16 +91,22 @@ class Chunks:
                 pieces = [memoryview(bytearray(manifest.length(number))) for number in batch]
                 read(pieces)
                 keys = manifest.chunk_keys(batch)
-                self._server.commands(
-                    [self._set(key, piece) for key, piece in zip(keys, pieces, strict=True)]
-                )
+                commands = [self._set(key, piece) for key, piece in zip(keys, pieces, strict=True)]
+                if together is not None and len(batch) == manifest.count:
+                    together += commands
+                else:
+                    self._server.commands(commands)
         return digest.hexdigest(), crc
 
-    def send_attachments(self, manifest: Manifest, attachments: Mapping[str, bytes]) -> None:
-        """Store what lies beside the chunks of a version."""
-        self._server.commands(
-            [("SET", manifest.attachment_key(name), text) for name, text in attachments.items()]
-        )
+    def attach(self, manifest: Manifest, attachments: Mapping[str, bytes]) -> list[Command]:
+        """Return the commands that store what lies beside the chunks of a version."""
+        return [("SET", manifest.attachment_key(name), text) for name, text in attachments.items()]
+
+    def has_attachments(self, manifest: Manifest, names: Collection[str]) -> bool:
+        """Whether these strings lie beside the chunks of a version."""
+        keys = [manifest.attachment_key(name) for name in names]
+        replies = self._server.commands(self._server.for_keys("EXISTS", keys))
+        return bool(sum(replies) == len(keys))
 
     def put_back(self, manifest: Manifest, chunks: Mapping[int, bytes]) -> None:
         """Store some chunks of a version again."""

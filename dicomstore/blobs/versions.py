@@ -16,6 +16,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from dicomstore.blobs.chunks import Chunks
@@ -27,9 +28,9 @@ from dicomstore.blobs.manifest import (
     parse_document,
     plan_tail,
 )
-from dicomstore.errors import DamagedError, RefusedError, ServerError
+from dicomstore.errors import DamagedError, DicomRedisError, RefusedError, ServerError
 from dicomstore.keys import CHUNK_PREFIX, DOCUMENT_PREFIX, document_key, path_of, shown_path
-from dicomstore.server.connection import Server
+from dicomstore.server.connection import Command, Server
 
 #: How long a lease lasts unless it is renewed (ms).
 LEASE_MS = 5000
@@ -42,8 +43,9 @@ CHUNK_KEY = re.compile(
     re.S,
 )
 Result = TypeVar("Result")
-#: Sends the chunks of a manifest, and returns the document that is to name them.
-Send = Callable[[Manifest], Mapping[str, Any]]
+#: Sends the chunks of a manifest, or appends the commands that do to those of other files; returns
+#: the members of the document that is to name them.
+Send = Callable[[Manifest, list[Command]], Mapping[str, Any]]
 #: Given what is stored and the members of the document that replaces it; raises if it may not.
 MayReplace = Callable[["Stored", Mapping[str, Any]], None]
 
@@ -61,6 +63,47 @@ class Stored(NamedTuple):
 
     document: Document | None
     members: Mapping[str, Any]
+
+
+@dataclass
+class Write:
+    """A file that is to be stored.
+
+    Parameters
+    ----------
+    key : str
+        Of its document.
+    size, chunk_size : int
+        In bytes.
+    send : callable
+        Called again with a fresh manifest if the lease was lost.
+    may_replace : callable
+        Called with what the version would replace, and with its own members; raises where it may
+        not.
+
+    Attributes
+    ----------
+    manifest : Manifest
+        Of the version that is sent.
+    outcome : str, Exception or None
+        ``"loaded"``, ``"replaced"``, ``"unchanged"`` if somebody else has just stored the same
+        bytes, or why it is not stored; None if that is still open.
+    """
+
+    key: str
+    size: int
+    chunk_size: int
+    send: Send
+    may_replace: MayReplace
+    manifest: Manifest = field(init=False)
+    members: Mapping[str, Any] = field(init=False)
+    outcome: str | Exception | None = field(init=False, default=None)
+
+    def begin(self) -> None:
+        """Plan a new version."""
+        tail = plan_tail(self.size, self.chunk_size)
+        version = secrets.token_hex(6)
+        self.manifest = Manifest(self.key, version, self.size, self.chunk_size, tail)
 
 
 class Versions:
@@ -107,28 +150,10 @@ class Versions:
 
     # --- writing ---
 
-    def write(
-        self, key: str, size: int, chunk_size: int, send: Send, may_replace: MayReplace
-    ) -> tuple[str, Manifest]:
-        """Store a new version of a file.
+    def write(self, writes: Sequence[Write]) -> None:
+        """Store new versions of files, each with its `outcome` in the end.
 
-        Parameters
-        ----------
-        key : str
-            Of its document.
-        size, chunk_size : int
-            In bytes.
-        send : callable
-            Called with the new manifest; again with a fresh one if the lease is lost.
-        may_replace : callable
-            Called with what the version would replace, and with its own members; raises where it
-            must not.
-
-        Returns
-        -------
-        str, Manifest
-            ``"loaded"``, ``"replaced"``, or ``"unchanged"`` if someone else has just stored the
-            same bytes; and the manifest that was sent.
+        Several small files take hardly more round trips than one.
 
         Raises
         ------
@@ -136,66 +161,97 @@ class Versions:
             If the server refuses, or the connection is too slow to keep a lease.
         """
         for _ in range(ATTEMPTS):
-            tail = plan_tail(size, chunk_size)
-            manifest = Manifest(key, secrets.token_hex(6), size, chunk_size, tail)
-            status: str | None = None
+            pending = [write for write in writes if write.outcome is None]
+            if not pending:
+                return
+            for write in pending:
+                write.begin()
             try:
-                with self._leases.held(manifest.lease):
-                    status = self.commit(manifest, send(manifest), may_replace)
+                with self._leases.held([write.manifest.lease for write in pending]):
+                    self._send(pending)
+                    self.commit([write for write in pending if write.outcome is None])
             except BaseException as error:
-                # What cannot be taken back now, `sweep` finds once the lease has run out.
+                # What cannot be taken back now, `sweep` finds once the leases have run out.
                 with contextlib.suppress(ServerError):
-                    self._take_back(manifest)
+                    for write in pending:
+                        self._take_back(write.manifest)
                 if type(error) in (ServerError, RefusedError):
-                    raise _unstored(key, error) from error.__cause__
+                    raise _unstored(pending, error) from error.__cause__
                 raise
-            if status is None and self._take_back(manifest) == "committed":
-                status = "loaded"  # the reply to the commit was lost, and it had succeeded
-            if status is not None:
-                return status, manifest
+            for write in pending:
+                is_stored = write.outcome in ("loaded", "replaced")
+                # A commit may have succeeded although its reply was lost.
+                if not is_stored and self._take_back(write.manifest) == "committed":
+                    write.outcome = "loaded"
         raise ServerError(
-            f"{key} could not be stored: its lease of {LEASE_MS} ms ran out {ATTEMPTS} times. The "
-            "connection to Redis is too slow, or stalls."
+            f"{writes[0].key} could not be stored: its lease of {LEASE_MS} ms ran out {ATTEMPTS} "
+            "times. The connection to Redis is too slow, or stalls."
         )
 
-    def commit(
-        self,
-        manifest: Manifest,
-        members: Mapping[str, Any],
-        may_replace: MayReplace,
-    ) -> str | None:
-        """Let the document name the chunks sent.
+    def _send(self, writes: Sequence[Write]) -> None:
+        """Send the chunks of versions."""
+        together: list[Command] = []
+        for write in writes:
+            try:
+                write.members = write.send(write.manifest, together)
+            except ServerError:
+                raise
+            except (OSError, DicomRedisError) as error:
+                write.outcome = error
+        self._server.commands(together)
 
-        Return ``"loaded"``, ``"replaced"`` or ``"unchanged"``, or None if the lease is gone.
-        """
-        key, names = manifest.key, (*STORAGE_MEMBERS, "sopInstanceUID", "vendor")
-        text = json.dumps(members, ensure_ascii=False, allow_nan=False)
-        replaced: Stored | None = None
+    def commit(self, writes: Sequence[Write]) -> None:
+        """Let documents name the chunks sent; a lost lease leaves the outcome open."""
+        groups = [[write] for write in writes] if self._server.is_cluster else [writes]
+        for group in groups:
+            if group:
+                self._commit(group)
 
-        def commit(pipe: Any) -> str | None:
-            nonlocal replaced
-            if not pipe.exists(manifest.lease):
-                return None
-            replaced = _stored(key, _parsed(key, names, pipe.execute_command(*_get(key, names))))
-            if replaced is not None:
-                if replaced.document is not None and self.is_whole(
-                    replaced.document, manifest, members["blake3"]
-                ):
-                    return "unchanged"  # somebody else was first, with the same bytes
-                may_replace(replaced, members)
+    def _commit(self, writes: Sequence[Write]) -> None:
+        texts = [json.dumps(write.members, ensure_ascii=False, allow_nan=False) for write in writes]
+        names = (*STORAGE_MEMBERS, "sopInstanceUID", "vendor")
+
+        def commit(pipe: Any) -> list[Stored | None]:
+            """Queue what may be committed; return what it replaces."""
+            leases = [write.manifest.lease for write in writes]
+            have_leases = pipe.execute_command("EXISTS", *leases) == len(leases)
+            are_new = not pipe.execute_command("EXISTS", *(write.key for write in writes))
+            replaced: list[Stored | None] = []
+            for write in writes:
+                write.outcome, stored = None, None
+                if have_leases or pipe.execute_command("EXISTS", write.manifest.lease):
+                    if not are_new:
+                        reply = pipe.execute_command(*_get(write.key, names))
+                        stored = _stored(write.key, _parsed(write.key, names, reply))
+                    write.outcome = self._outcome(write, stored)
+                replaced.append(stored)
             pipe.multi()
-            pipe.execute_command("JSON.SET", key, "$", text)
-            pipe.delete(manifest.lease)
-            return "loaded" if replaced is None else "replaced"
+            for write, text in zip(writes, texts, strict=True):
+                if write.outcome in ("loaded", "replaced"):
+                    pipe.execute_command("JSON.SET", write.key, "$", text)
+                    pipe.execute_command("DEL", write.manifest.lease)
+            return replaced
 
-        status = self._transaction([key, manifest.lease], commit)
-        if status == "unchanged":
-            self._chunks.unlink(manifest)
-            assert replaced is not None and replaced.document is not None
-            self._chunks.keep(replaced.document.manifest)
-        elif status == "replaced" and replaced is not None and replaced.document is not None:
-            self._chunks.unlink(replaced.document.manifest)
-        return status
+        watched = [key for write in writes for key in (write.key, write.manifest.lease)]
+        for write, stored in zip(writes, self._transaction(watched, commit), strict=True):
+            if stored is not None and stored.document is not None:
+                if write.outcome == "replaced":
+                    self._chunks.unlink(stored.document.manifest)
+                elif write.outcome == "unchanged":
+                    self._chunks.keep(stored.document.manifest)
+
+    def _outcome(self, write: Write, stored: Stored | None) -> str | Exception:
+        """Return what becomes of a version, given what is stored in its place."""
+        if stored is None:
+            return "loaded"
+        document, digest = stored.document, write.members["blake3"]
+        if document is not None and self.is_whole(document, write.manifest, digest):
+            return "unchanged"  # somebody else was first, with the same bytes
+        try:
+            write.may_replace(stored, write.members)
+        except DicomRedisError as error:
+            return error
+        return "replaced"
 
     def is_whole(self, document: Document, like: Manifest, blake3: str) -> bool:
         """Whether `document` is of these bytes, cut like `like`, with every chunk there."""
@@ -322,13 +378,13 @@ class Leases:
         return Leases, (self._server,)
 
     @contextlib.contextmanager
-    def held(self, key: str) -> Iterator[None]:
-        """Hold the lease `key` during a ``with`` block; the commit finds out if it was lost."""
+    def held(self, keys: Sequence[str]) -> Iterator[None]:
+        """Hold leases during a ``with`` block; the commit finds out if one was lost."""
         if self._process != os.getpid():  # a fork: neither the thread nor the lock's owner is here
             self.__init__(self._server)  # type: ignore[misc]
-        self._server.command("SET", key, b"", "PX", LEASE_MS)
+        self._server.commands([("SET", key, b"", "PX", LEASE_MS) for key in keys])
         with self._lock:
-            self._held.add(key)
+            self._held.update(keys)
             if self._renewer is None:
                 self._renewer = threading.Thread(target=self._renew, name="leases", daemon=True)
                 self._renewer.start()
@@ -336,7 +392,7 @@ class Leases:
             yield
         finally:
             with self._lock:
-                self._held.remove(key)
+                self._held.difference_update(keys)
 
     def _renew(self) -> None:
         """Renew what is held, until for a whole period nothing is."""
@@ -393,5 +449,6 @@ def _version(pipe: Any, key: str) -> Any:
     return members and members.get("version")
 
 
-def _unstored(key: str, error: BaseException) -> ServerError:
-    return ServerError(f"{shown_path(key)} could not be stored. {error}")
+def _unstored(writes: Sequence[Write], error: BaseException) -> ServerError:
+    others = f" and {len(writes) - 1} files after it" if len(writes) > 1 else ""
+    return ServerError(f"{shown_path(writes[0].key)}{others} could not be stored. {error}")
