@@ -167,7 +167,7 @@ class Index(NamedTuple):
         elif near := difflib.get_close_matches(name, self.names, n=1):
             hint = f"Did you mean {near[0]}?"
         else:
-            hint = f"Indexed are {', '.join(sorted(self.names))}."
+            hint = f"Indexed are {', '.join(self.names)}."
         raise NotIndexedError(f"{name!r} is not an indexed field. {hint}")
 
 
