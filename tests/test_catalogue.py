@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+from redis import ResponseError
 
 from dicomstore.catalogue.alias import LEASE, UNFINISHED
 from dicomstore.catalogue.index import FIND_COLUMNS, Catalogue
@@ -115,7 +116,7 @@ def test_stores_that_are_open_follow(client, catalogue):
     with pytest.raises(NotIndexedError):
         other.keys_of(KVP=7)
     catalogue.index_also("KVP")
-    assert len(other.keys_of()) == len(other.keys_of(KVP=7)) == 50
+    assert len(other.keys_of(KVP=7)) == len(other.keys_of()) == 50
     catalogue.drop_index()
     assert indexes(client) == []
     assert len(catalogue.keys_of()) == 50  # it is made again, with other fields
@@ -229,7 +230,11 @@ def test_a_builder_that_lost_its_lease_starts_again(client, server, monkeypatch)
     builder.start()
     while not indexes(client):
         time.sleep(0.002)
-    client.set(LEASE, "somebody else", px=300)
+    client.set(LEASE, "somebody else", px=1000)
+    time.sleep(0.3)  # in which it would have taken the lease back
+    assert client.get(LEASE) == b"somebody else"
+    with pytest.raises(ResponseError, match="Unknown index"):
+        answering(client)
     builder.join()
     assert done == [20_000] and indexes(client) == [answering(client)]
 
