@@ -17,7 +17,6 @@ from typing import Any
 from dicomstore.catalogue.schema import (
     INDEX,
     INDEX_NAME,
-    SCHEMA,
     Index,
     Schema,
     definition,
@@ -31,7 +30,10 @@ from dicomstore.server.connection import OWN_REDIS, Server
 #: Says that an index is being built. Like the lease of a load, but no version is called so.
 LEASE = f"{CHUNK_PREFIX}{{{INDEX}}}:builder"
 LEASE_MS = 5000
-POLL_S = 0.05
+#: Is there from before an index is made until the one that it replaces is dropped: where it is left
+#: and no lease is held, a builder was killed.
+UNFINISHED = f"{CHUNK_PREFIX}{{{INDEX}}}:unfinished"
+POLL_S = 0.02
 #: So long does a search wait for a builder in another process, where there is no index yet.
 PATIENCE_S = 2.0
 NO_COORDINATOR = (
@@ -79,17 +81,17 @@ class Alias:
         """Drop the index, and what other builders have left of theirs."""
         with self._only_builder(None), _explained("drop the index"):
             self._index = None
-            self._drop_all_but()
+            self._answering()  # refuses a foreign one
+            self._drop_all_but("")
+            self._server.command("DEL", UNFINISHED)
 
     def _open(self, patience: float | None) -> Index:
         if not self._server.can_search():
             raise SearchError(NO_COORDINATOR)
-        info, listed = self._server.search_commands([("FT.INFO", INDEX), ("FT._LIST",)])
-        found = _index(info)
+        found = self._answering()
         if found is None:
             return self._build({}, patience)
-        leftovers = [] if isinstance(listed, Exception) else set(_own(listed)) - {found.name}
-        if leftovers or not found.is_of({**found.asked_for, **SCHEMA}):
+        if not found.has_just(found.asked_for) or self._server.command("EXISTS", UNFINISHED):
             try:
                 return self._build({}, 0)
             except SearchError:
@@ -103,25 +105,37 @@ class Alias:
         """Return an index with all fields that anybody has asked for, and those of `schema`."""
         while True:
             with self._only_builder(patience) as token, _explained("make or extend the index"):
-                found = _index(self._server.search_commands([("FT.INFO", INDEX)])[0])
-                wanted = {**(found.asked_for if found else {}), **schema, **SCHEMA}
-                if found and found.is_of(wanted):
-                    self._drop_all_but(found.name)
-                    return found
+                found = self._answering()
+                wanted = {**(found.asked_for if found else {}), **schema}
                 self._drop_all_but(found.name if found else "")
+                if found and found.has_just(wanted):
+                    self._server.command("DEL", UNFINISHED)
+                    return found
                 name = f"{INDEX}:{digest(wanted)}:{token}"
+                self._server.command("SET", UNFINISHED, name)
                 self._server.search_command("FT.CREATE", name, *definition(wanted))
                 while self._renew(token):
                     info = self._server.search_command("FT.INFO", name)
                     if not int(named(info)[b"indexing"]):
                         self._server.search_command("FT.ALIASUPDATE", INDEX, name)
                         self._drop_all_but(name)
+                        self._server.command("DEL", UNFINISHED)
                         return Index.of(info)
                     time.sleep(POLL_S)
 
-    def _drop_all_but(self, kept: str = "") -> None:
-        for name in _own(self._server.search_command("FT._LIST")):
-            if name != kept:
+    def _answering(self) -> Index | None:
+        """Return the index that answers, None if there is none."""
+        try:
+            return Index.of(self._server.search_command("FT.INFO", INDEX))
+        except RefusedError as error:
+            if _is_missing(error):
+                return None
+            raise explained(error) from error
+
+    def _drop_all_but(self, kept: str) -> None:
+        for listed in self._server.search_command("FT._LIST"):
+            name = listed.decode(errors="replace")
+            if INDEX_NAME.fullmatch(name) and name != kept:
                 self._server.search_command("FT.DROPINDEX", name)
 
     @contextlib.contextmanager
@@ -146,7 +160,7 @@ class Alias:
 
     def _change_lease(self, token: str, *command: Any) -> bool:
         def change(pipe: Any) -> bool:
-            if pipe.get(LEASE) != token.encode():
+            if pipe.mget(LEASE) != [token.encode()]:
                 return False
             pipe.multi()
             pipe.execute_command(*command)
@@ -155,23 +169,7 @@ class Alias:
         return self._server.transaction([LEASE], change)
 
 
-def _index(info: Any) -> Index | None:
-    """Return the index of a reply to FT.INFO, None if there is none; raise what else it says."""
-    if not isinstance(info, Exception):
-        return Index.of(info)
-    if isinstance(info, RefusedError):
-        if is_missing(info):
-            return None
-        raise explained(info) from info
-    raise info
-
-
-def _own(listed: Any) -> list[str]:
-    names = [name.decode(errors="replace") for name in listed]
-    return [name for name in names if INDEX_NAME.fullmatch(name)]
-
-
-def is_missing(error: RefusedError) -> bool:
+def _is_missing(error: RefusedError) -> bool:
     """Whether the engine says that there is no such index."""
     return any(words in error.reply.lower() for words in ("no such index", "unknown index"))
 
@@ -183,7 +181,7 @@ def _is_forbidden(error: RefusedError) -> bool:
 def explained(error: RefusedError) -> RefusedError:
     """Return an error of the engine with what to do about it, where that is known."""
     if _is_forbidden(error):
-        text = f"This Redis user may not use the index {INDEX}: see the two ACL rules in README."
+        text = f"This Redis user may not use the index {INDEX}: see the two ACL rules."
     elif "unknown command" in error.reply.lower():
         text = f"This Redis has no search engine. {OWN_REDIS}"
     else:
@@ -198,8 +196,7 @@ def _explained(action: str) -> Iterator[None]:
     except RefusedError as error:
         if _is_forbidden(error):
             raise RefusedError(
-                f"This Redis user may not {action}: let the owner do it (README, the two ACL "
-                "rules).",
+                f"This Redis user may not {action}: let the owner do it (the two ACL rules).",
                 error.reply,
             ) from error
         if "json" in error.reply.lower():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,10 +12,13 @@ import numpy as np
 import pandas as pd
 
 from dicomstore.catalogue.schema import DATE_FIELDS, INDEX_FIELDS
-from dicomstore.keys import path_of, shown_path
+from dicomstore.keys import DOCUMENT_PREFIX, path_of, shown_path
 
 #: The key of a document, and what was loaded of it.
 Hit = tuple[str, Mapping[bytes, bytes]]
+
+#: From here on a double is no exact integer.
+EXACT = 2**53
 
 _TEXT = pd.StringDtype("python", na_value=np.nan)
 
@@ -31,8 +35,7 @@ def values_of(name: str, kind: str, reply: bytes) -> list[Any]:
     if kind == "TAG":
         return [reply.decode()]
     number = float(reply)
-    # Beyond 2^53 a double is no exact integer.
-    return [int(number) if number.is_integer() and abs(number) < 2**53 else number]
+    return [int(number) if number.is_integer() and abs(number) < EXACT else number]
 
 
 def column(name: str, kind: str, replies: Sequence[bytes | None]) -> Any:
@@ -43,14 +46,26 @@ def column(name: str, kind: str, replies: Sequence[bytes | None]) -> Any:
     """
     if kind == "TAG" and name in INDEX_FIELDS:
         return text_column([np.nan if reply is None else reply.decode() for reply in replies])
+    absent = np.array([reply is None for reply in replies], dtype=bool)
+    if kind == "NUMERIC" and (whole := _whole_numbers(replies)) is not None:
+        return pd.arrays.IntegerArray(whole, absent)
     values = [None if reply is None else values_of(name, kind, reply) for reply in replies]
     if kind == "TAG" or any(several is not None and len(several) > 1 for several in values):
         return text_column([np.nan if v is None else "\\".join(map(str, v)) for v in values])
-    absent = np.array([one is None for one in values], dtype=bool)
     numbers = [0 if one is None else one[0] for one in values]
     if any(isinstance(number, float) for number in numbers):
         return pd.arrays.FloatingArray(np.array(numbers, dtype=np.float64), absent)
     return pd.arrays.IntegerArray(np.array(numbers, dtype=np.int64), absent)
+
+
+def _whole_numbers(replies: Sequence[bytes | None]) -> Any:
+    """Return the replies as integers, None if any needs a closer look; nearly always none does."""
+    try:
+        numbers = [0 if reply is None else int(reply) for reply in replies]
+    except ValueError:
+        return None
+    small = not numbers or (max(numbers) < EXACT and min(numbers) > -EXACT)
+    return np.array(numbers, dtype=np.int64) if small else None
 
 
 def text_column(texts: Sequence[Any]) -> Any:
@@ -92,14 +107,23 @@ def table(
     kinds : mapping of str to str
         The fields' types.
     """
-    columns = {
-        "path": text_column([shown_path(path_of(key)) for key, _ in found]),
-        "key": text_column([key for key, _ in found]),
-    }
-    for name, field in fields.items():
+    arrays = [text_column([_path(key) for key, _ in found]), text_column([k for k, _ in found])]
+    for field in fields.values():
         replies = [values.get(field.encode()) for _, values in found]
-        columns[name] = column(field, kinds[field], replies)
-    return pd.DataFrame(columns, copy=False)
+        arrays.append(column(field, kinds[field], replies))
+    frame = pd.DataFrame(dict(enumerate(arrays)), copy=False)
+    frame.columns = _labels(("path", "key", *fields)).view()
+    return frame
+
+
+@functools.lru_cache(maxsize=64)
+def _labels(names: tuple[str, ...]) -> pd.Index[str]:
+    """Return column names as pandas has them; it takes a quarter of a small table to make them."""
+    return pd.Index(names)
+
+
+def _path(key: str) -> str:
+    return shown_path(path_of(key)) if "%" in key else key.removeprefix(DOCUMENT_PREFIX)
 
 
 def group_values(name: str, kind: str, reply: bytes | None, by: str | None) -> set[Any]:

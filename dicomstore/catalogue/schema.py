@@ -92,17 +92,18 @@ def header_field(keyword: str) -> list[str]:
     return _field(f"$.header.{keyword}", keyword, kind, sortable=False)
 
 
-def definition(schema: Schema) -> list[str]:
-    """Return what FT.CREATE is told after the index's name."""
+def definition(also: Schema) -> list[str]:
+    """Return what FT.CREATE is told of an index that has the fields of `also` too."""
+    schema = {**also, **SCHEMA}
     fields = [word for name in sorted(schema) for word in schema[name]]
     # Without stop words: "with contrast" is not "without contrast".
     prefix = ["PREFIX", "1", DOCUMENT_PREFIX]
     return ["ON", "JSON", *prefix, "STOPWORDS", "0", "SCHEMA", *fields]
 
 
-def digest(schema: Schema) -> str:
-    """Return the hash of a schema, as it stands in the index's name."""
-    return hashlib.sha256("\0".join(definition(schema)).encode()).hexdigest()[:12]
+def digest(also: Schema) -> str:
+    """Return the hash of that, as it stands in the index's name."""
+    return hashlib.sha256("\0".join(definition(also)).encode()).hexdigest()[:12]
 
 
 class Index(NamedTuple):
@@ -130,9 +131,9 @@ class Index(NamedTuple):
         attributes = [named(attribute) for attribute in info[b"attributes"]]
         return cls(name, {a[b"attribute"].decode(): a[b"type"].decode() for a in attributes})
 
-    def is_of(self, schema: Schema) -> bool:
-        """Whether the index has just these fields, with just these definitions."""
-        return self.name.split(":")[2] == digest(schema)
+    def has_just(self, also: Schema) -> bool:
+        """Whether it has the fields of every index and those of `also`, and as defined today."""
+        return self.name.split(":")[2] == digest(also)
 
     @property
     def asked_for(self) -> dict[str, list[str]]:
@@ -166,7 +167,7 @@ class Index(NamedTuple):
         elif near := difflib.get_close_matches(name, self.names, n=1):
             hint = f"Did you mean {near[0]}?"
         else:
-            hint = f"Indexed are {', '.join(sorted(self.names))}."
+            hint = f"Indexed are {', '.join(self.names)}."
         raise NotIndexedError(f"{name!r} is not an indexed field. {hint}")
 
 
