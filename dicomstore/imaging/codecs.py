@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import imagecodecs
-import numpy as np
 from numpy.typing import NDArray
 from pydicom import uid
 from pydicom.pixels import get_decoder
@@ -79,17 +78,15 @@ def decode_frame(frame: bytes, runner: DecodeRunner) -> bytes:
 
 def _jpeg(frame: bytes, samples: int) -> NDArray[Any]:
     space = COLOUR_SPACES.get(samples)
-    return cast(
-        NDArray[Any], imagecodecs.jpeg8_decode(frame, colorspace=space, outcolorspace=space)
-    )
+    return imagecodecs.jpeg8_decode(frame, colorspace=space, outcolorspace=space)
 
 
 def _jpeg_ls(frame: bytes, samples: int) -> NDArray[Any]:
-    return cast(NDArray[Any], imagecodecs.jpegls_decode(frame))
+    return imagecodecs.jpegls_decode(frame)
 
 
 def _jpeg_2000(frame: bytes, samples: int) -> NDArray[Any]:
-    return cast(NDArray[Any], imagecodecs.jpeg2k_decode(frame))
+    return imagecodecs.jpeg2k_decode(frame)
 
 
 _DECODERS: dict[str, Decode] = {

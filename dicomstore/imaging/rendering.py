@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import re
+import struct
 import warnings
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
@@ -11,11 +13,18 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
+from pydicom.datadict import DicomDictionary
 from pydicom.dataset import Dataset
+from pydicom.filereader import read_dataset as read_elements
 from pydicom.multival import MultiValue
-from pydicom.pixels import apply_color_lut, convert_color_space, pixel_array
+from pydicom.pixels import apply_color_lut, as_pixel_options, convert_color_space, get_decoder
 from pydicom.tag import Tag
-from pydicom.uid import UID, ImplicitVRLittleEndian
+from pydicom.uid import (
+    UID,
+    ImplicitVRLittleEndian,
+    XRayAngiographicImageStorage,
+    XRayRadiofluoroscopicImageStorage,
+)
 
 from dicomstore.imaging import codecs, header
 
@@ -23,6 +32,29 @@ from dicomstore.imaging import codecs, header
 GREY_PERCENTILES = (1.0, 99.0)
 #: Where attributes of each frame and of all frames may stand (PS3.3 C.7.6.16).
 FUNCTIONAL_GROUPS = ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence")
+#: Pixel data elements by their tags (PS3.3 C.7.6.3 and C.7.6.24).
+PIXEL_DATA = {
+    0x7FE00008: "FloatPixelData",
+    0x7FE00009: "DoubleFloatPixelData",
+    0x7FE00010: "PixelData",
+}
+#: Of a file's header, a frame needs group 0028 and these.
+WANTED_TAGS = [
+    *(tag for tag in DicomDictionary if tag >> 16 == 0x0028),
+    *map(
+        Tag,
+        (
+            "SOPClassUID",
+            "PresentationLUTShape",
+            "ExtendedOffsetTable",
+            "ExtendedOffsetTableLengths",
+            *FUNCTIONAL_GROUPS,
+        ),
+    ),
+]
+COLOUR_MODELS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_422", "YBR_ICT", "YBR_RCT")
+#: Where pixels that are made for display have a modality LUT that leads back to intensities.
+ANGIOGRAPHY = (XRayAngiographicImageStorage, XRayRadiofluoroscopicImageStorage)
 
 
 def read_dataset(image: bytes | bytearray | memoryview) -> Dataset:
@@ -66,10 +98,12 @@ def render(dataset: Dataset, frame: int = 0) -> NDArray[np.uint8]:
     AttributeError, ValueError, RuntimeError, ...
         What pydicom raises for a data set without pixels or with pixels it cannot decode.
     """
-    plugin = codecs.plugin_for(dataset.file_meta.TransferSyntaxUID)
+    syntax = dataset.file_meta.TransferSyntaxUID
+    keyword = next((keyword for keyword in PIXEL_DATA.values() if keyword in dataset), "PixelData")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as above
-        array = pixel_array(dataset, index=frame, raw=True, decoding_plugin=plugin)
+        element = dataset[keyword]
+        array = _samples(element.value, dataset, frame, syntax, (keyword, element.VR))
         return _shown(array, dataset, frame)
 
 
@@ -92,18 +126,52 @@ def render_file(file: BinaryIO, frame: int, syntax: str, *, longest: int) -> NDA
     AttributeError, ValueError, RuntimeError, ...
         As for :func:`render`.
     """
-    dataset = Dataset()
-    array = pixel_array(
+    uid = UID(syntax)
+    header.dataset_syntax(file)  # leaves the file at its data set
+    dataset = read_elements(
         file,
-        ds_out=dataset,
-        specific_tags=[Tag(keyword) for keyword in FUNCTIONAL_GROUPS],
-        index=frame,
-        raw=True,
-        transfer_syntax_uid=UID(syntax),
-        decoding_plugin=codecs.plugin_for(syntax),
+        uid.is_implicit_VR,
+        uid.is_little_endian,
+        stop_when=lambda tag, _vr, _length: tag in PIXEL_DATA,
+        specific_tags=WANTED_TAGS,
     )
+    element = file.read(8 if uid.is_implicit_VR else 12)  # tag, VR and length (PS3.5 7.1)
+    group, number = struct.unpack("<HH" if uid.is_little_endian else ">HH", element[:4])
+    vr = "OW" if uid.is_implicit_VR else element[4:6].decode("ascii")
+    array = _samples(file, dataset, frame, uid, (PIXEL_DATA[group << 16 | number], vr))
     step = max(1, max(array.shape[:2]) // longest)
     return _shown(array[::step, ::step], dataset, frame)
+
+
+def _samples(
+    source: bytes | BinaryIO, dataset: Dataset, frame: int, syntax: UID, element: tuple[str, str]
+) -> NDArray[Any]:
+    """Return a frame's stored values, of shape (rows, columns) or (rows, columns, samples).
+
+    `source` is the value of the pixel data or a file that is there, `element` keyword and VR.
+    """
+    image = dataset.group_dataset(0x0028)
+    count = re.match(r"\d*", str(image.get("NumberOfFrames") or ""))
+    image.NumberOfFrames = int((count and count[0]) or 1)
+    if dataset.get("ExtendedOffsetTable"):
+        for keyword in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths"):
+            image[keyword] = dataset[keyword]
+    if image.PhotometricInterpretation == "YBR_PARTIAL_422":
+        image.PhotometricInterpretation = "YBR_FULL_422"  # they differ only in their range
+    shift = image.get("HighBit", 0) - image.get("BitsStored", 1) + 1
+    options = as_pixel_options(image, pixel_keyword=element[0], pixel_vr=element[1])
+    array, _ = get_decoder(syntax).as_array(
+        source,
+        index=frame,
+        raw=True,
+        decoding_plugin=codecs.plugin_for(syntax),
+        correct_unused_bits=shift <= 0,
+        **options,
+    )
+    if shift > 0 and not syntax.is_encapsulated:  # PS3.5 8.1.1 of before 2014
+        array <<= image.BitsAllocated - 1 - image.HighBit
+        array >>= image.BitsAllocated - image.BitsStored
+    return array
 
 
 def _shown(array: NDArray[Any], dataset: Dataset, frame: int) -> NDArray[np.uint8]:
@@ -120,9 +188,14 @@ def _shown(array: NDArray[Any], dataset: Dataset, frame: int) -> NDArray[np.uint
 def _colour(array: NDArray[Any], dataset: Dataset) -> NDArray[np.uint8]:
     levels = _eight_bits(array, int(dataset.BitsStored))
     # JPEG's own markers may say other than the header, which counts (PS3.5 8.2.1).
-    if dataset.PhotometricInterpretation in ("YBR_FULL", "YBR_FULL_422"):
-        converted: NDArray[np.uint8] = convert_color_space(levels, "YBR_FULL", "RGB")
-        return converted
+    photometric = dataset.PhotometricInterpretation
+    if photometric not in COLOUR_MODELS:
+        raise ValueError(f"A frame in the colours {photometric} cannot be shown.")
+    if photometric == "YBR_PARTIAL_422":  # luminance from 16 to 235, chrominance from 16 to 240
+        full = (levels - [16.0, 128.0, 128.0]) * [255 / 219, 255 / 224, 255 / 224] + [0, 128, 128]
+        levels = np.rint(full).clip(0, 255).astype(np.uint8)
+    if photometric in ("YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_422"):
+        levels = convert_color_space(levels, "YBR_FULL", "RGB")
     return levels
 
 
@@ -191,7 +264,11 @@ def _grey(array: NDArray[Any], dataset: Dataset, frame: int) -> NDArray[np.uint8
     if grey is None:
         background = _padding(array, dataset)
         grey = stretched(values, ~background) / 255
-    if dataset.PhotometricInterpretation == "MONOCHROME1":
+    # The shape says what MONOCHROME1 and 2 say, and counts where they disagree (PS3.3 C.11.6).
+    shape = dataset.get("PresentationLUTShape")
+    if shape == "INVERSE" or (
+        shape != "IDENTITY" and dataset.PhotometricInterpretation == "MONOCHROME1"
+    ):
         grey = 1.0 - grey
     if background is not None:
         grey[background] = 0.0
@@ -201,6 +278,9 @@ def _grey(array: NDArray[Any], dataset: Dataset, frame: int) -> NDArray[np.uint8
 
 def _modality_values(array: NDArray[Any], dataset: Dataset, frame: int) -> NDArray[np.float64]:
     """Return stored values as what they measure (PS3.3 C.11.1)."""
+    made_for_display = dataset.get("PixelIntensityRelationship") in ("DISP", "LOG")
+    if made_for_display and dataset.get("SOPClassUID") in ANGIOGRAPHY:
+        return array.astype(np.float64)
     for place in _places(dataset, frame, "PixelValueTransformationSequence"):
         if items := place.get("ModalityLUTSequence"):
             table = _Table.of(items[0].LUTDescriptor, items[0].LUTData, dataset)
@@ -219,17 +299,16 @@ def _voi_levels(
     """Return grey, 0.0 to 1.0, by the first usable window or VOI LUT; None if there is none."""
     for place in _places(dataset, frame, "FrameVOILUTSequence"):
         function = str(place.get("VOILUTFunction") or "LINEAR").strip().upper()
-        windows = zip(
-            _numbers(place.get("WindowCenter")), _numbers(place.get("WindowWidth")), strict=False
-        )
-        for centre, width in windows:
-            if centre is not None and width is not None:
-                # A linear window is at least one wide; the other functions take less.
-                if width >= 1 or (width > 0 and function in ("LINEAR_EXACT", "SIGMOID")):
-                    return _windowed(values, centre, width, function)
+        # A linear window is at least one wide; the other functions take less.
+        least = math.ulp(0.0) if function in ("LINEAR_EXACT", "SIGMOID") else 1.0
+        centres, widths = _numbers(place.get("WindowCenter")), _numbers(place.get("WindowWidth"))
+        for centre, width in zip(centres, widths, strict=False):
+            if centre is not None and width is not None and width >= least:
+                return _windowed(values, centre, width, function)
         if items := place.get("VOILUTSequence"):
             table = _Table.of(items[0].LUTDescriptor, items[0].LUTData, dataset)
-            return table.look_up(values) / (2**table.bits - 1)
+            levels: NDArray[np.float64] = table.look_up(values) / (2.0**table.bits - 1)
+            return levels
     return None
 
 
@@ -239,7 +318,8 @@ def _windowed(
     """Return grey, 0.0 to 1.0 (PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
     if function == "SIGMOID":
         with np.errstate(over="ignore"):
-            return 1.0 / (1.0 + np.exp(-4.0 * (values - centre) / width))
+            levels: NDArray[np.float64] = 1.0 / (1.0 + np.exp(-4.0 * (values - centre) / width))
+        return levels
     if function != "LINEAR_EXACT":
         centre, width = centre - 0.5, width - 1.0
     if width == 0.0:
@@ -267,7 +347,7 @@ def _numbers(value: Any) -> list[float | None]:
 
 def _padding(array: NDArray[Any], dataset: Dataset) -> NDArray[np.bool_]:
     """Return which stored values are pixel padding (PS3.3 C.7.5.1.1.2), or are not finite."""
-    padding = ~np.isfinite(array)
+    padding: NDArray[np.bool_] = ~np.isfinite(array)
     for kind in ("", "Float", "DoubleFloat"):
         first = _numbers(dataset.get(f"{kind}PixelPaddingValue"))[0]
         if first is None:
