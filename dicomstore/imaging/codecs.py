@@ -13,9 +13,14 @@ import imagecodecs
 from numpy.typing import NDArray
 from pydicom import uid
 from pydicom.pixels import get_decoder
-from pydicom.pixels.decoders.base import DecodeRunner
+from pydicom.pixels.decoders.base import Decoder, DecodeRunner
 
 PLUGIN = "imagecodecs"
+#: Retired forms of JPEG (PS3.5 8.2.1) that the same decoder understands, and pydicom knows not.
+RETIRED = {
+    "1.2.840.10008.1.2.4.53": uid.JPEGExtended12Bit,  # spectral selection
+    "1.2.840.10008.1.2.4.55": uid.JPEGExtended12Bit,  # full progression
+}
 #: libjpeg's names of colour spaces, by samples per pixel. A frame is decoded from a space to the
 #: same one: only the header says which it is (PS3.3 C.7.6.3.1.2), where libjpeg would guess.
 COLOUR_SPACES = {3: "YCBCR", 4: "CMYK"}
@@ -23,23 +28,27 @@ COLOUR_SPACES = {3: "YCBCR", 4: "CMYK"}
 Decode = Callable[[bytes, int], NDArray[Any]]
 
 
-def plugin_for(syntax: str) -> str:
-    """Return the ``decoding_plugin`` of pydicom that decodes a transfer syntax here.
+def decoder_for(syntax: str) -> tuple[Decoder, str]:
+    """Return pydicom's decoder of a transfer syntax, and the ``decoding_plugin`` to use with it.
 
     Parameters
     ----------
     syntax : str
         A transfer syntax UID.
 
-    Returns
-    -------
-    str
-        Empty where pydicom needs none.
+    Raises
+    ------
+    NotImplementedError
+        If there is none.
     """
-    _register()
-    if syntax == uid.RLELossless:
-        return "pydicom"
-    return PLUGIN if is_available(syntax) else ""
+    with _one_at_a_time:
+        for known in _DECODERS:
+            decoder = get_decoder(known)
+            if PLUGIN not in decoder.available_plugins:
+                decoder.add_plugin(PLUGIN, (__name__, decode_frame.__name__))
+    syntax = RETIRED.get(syntax, syntax)
+    plugin = PLUGIN if is_available(syntax) else ""
+    return get_decoder(syntax), "pydicom" if syntax == uid.RLELossless else plugin
 
 
 def is_available(syntax: str) -> bool:
@@ -106,12 +115,3 @@ _DECODERS: dict[str, Decode] = {
 DECODER_DEPENDENCIES = dict.fromkeys(_DECODERS, (PLUGIN,))
 
 _one_at_a_time = threading.Lock()
-
-
-def _register() -> None:
-    """Make the plug-in known to pydicom, once for the process."""
-    with _one_at_a_time:
-        for syntax in _DECODERS:
-            decoder = get_decoder(syntax)
-            if PLUGIN not in decoder.available_plugins:
-                decoder.add_plugin(PLUGIN, (__name__, decode_frame.__name__))

@@ -17,7 +17,7 @@ from pydicom.datadict import DicomDictionary
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset as read_elements
 from pydicom.multival import MultiValue
-from pydicom.pixels import apply_color_lut, as_pixel_options, convert_color_space, get_decoder
+from pydicom.pixels import apply_color_lut, as_pixel_options, convert_color_space
 from pydicom.tag import Tag
 from pydicom.uid import (
     UID,
@@ -158,19 +158,26 @@ def _samples(
             image[keyword] = dataset[keyword]
     if image.PhotometricInterpretation == "YBR_PARTIAL_422":
         image.PhotometricInterpretation = "YBR_FULL_422"  # they differ only in their range
-    shift = image.get("HighBit", 0) - image.get("BitsStored", 1) + 1
-    options = as_pixel_options(image, pixel_keyword=element[0], pixel_vr=element[1])
-    array, _ = get_decoder(syntax).as_array(
+    options = as_pixel_options(
+        image,
+        pixel_keyword=element[0],
+        pixel_vr=element[1],
+        correct_unused_bits=False,  # it knows no High Bit
+    )
+    decoder, plugin = codecs.decoder_for(syntax)
+    array, _ = decoder.as_array(
         source,
         index=frame,
         raw=True,
-        decoding_plugin=codecs.plugin_for(syntax),
-        correct_unused_bits=shift <= 0,
+        decoding_plugin=plugin,
         **options,
     )
-    if shift > 0 and not syntax.is_encapsulated:  # PS3.5 8.1.1 of before 2014
-        array <<= image.BitsAllocated - 1 - image.HighBit
-        array >>= image.BitsAllocated - image.BitsStored
+    allocated, stored = image.BitsAllocated, image.get("BitsStored", image.BitsAllocated)
+    if 0 < stored < allocated and array.dtype.kind in "iu":
+        # Beside the stored bits, overlays may lie (PS3.5 8.1.1, and its editions before 2004).
+        high = stored - 1 if syntax.is_encapsulated else max(image.HighBit, stored - 1)
+        array <<= allocated - 1 - high
+        array >>= allocated - stored
     return array
 
 
