@@ -151,8 +151,8 @@ def _samples(
     `source` is the value of the pixel data or a file that is there, `element` keyword and VR.
     """
     image = dataset.group_dataset(0x0028)
-    count = re.match(r"\d*", str(image.get("NumberOfFrames") or ""))
-    image.NumberOfFrames = int((count and count[0]) or 1)
+    digits = re.findall(r"^\d+", str(image.get("NumberOfFrames")).strip())
+    image.NumberOfFrames = int(digits[0]) if digits else 1
     if dataset.get("ExtendedOffsetTable"):
         for keyword in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths"):
             image[keyword] = dataset[keyword]
