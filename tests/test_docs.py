@@ -1,9 +1,12 @@
 """The README and docs/: short, and true of the files that they name."""
 
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+
+from dicomstore import DicomStore
 
 PROJECT = Path(__file__).parent.parent
 README = PROJECT / "README.md"
@@ -66,6 +69,24 @@ def test_every_file_that_is_named_exists(page):
         if not (PROJECT / name).exists() and not (PROJECT / "dicomstore" / name).is_dir()
     ]
     assert not missing
+
+
+@each_page
+def test_every_call_and_module_exists(page):
+    """Each method of the store and each module to run that a page names is there."""
+    text = page.read_text()
+    assert set(re.findall(r"\bstore\.(\w+)\(", text)) <= set(dir(DicomStore))
+    for module in re.findall(r"\bpython -m ([\w.]+)", text):
+        assert importlib.util.find_spec(module), module
+
+
+def test_the_acl_rules_are_two_lines():
+    """docs/security.md has the rules of *app* and *owner*, and the owner may do what the app may."""
+    page = (PROJECT / "docs" / "security.md").read_text()
+    app, owner = (rule.split() for rule in re.findall(r"^ACL SETUSER .*$", page, re.MULTILINE))
+    assert app[2] == "app" and owner[2] == "owner"
+    assert owner[: len(app)] == ["ACL", "SETUSER", "owner", *app[3:]]
+    assert not re.search(r"^ACL SETUSER", README.read_text(), re.MULTILINE)
 
 
 def test_every_picture_is_shown():
