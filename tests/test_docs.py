@@ -81,7 +81,7 @@ def test_every_call_and_module_exists(page):
 
 
 def test_the_acl_rules_are_two_lines():
-    """docs/security.md has the rules of *app* and *owner*, and the owner may do what the app may."""
+    """docs/security.md has one rule for *app* and one for *owner*, who may do all that app may."""
     page = (PROJECT / "docs" / "security.md").read_text()
     app, owner = (rule.split() for rule in re.findall(r"^ACL SETUSER .*$", page, re.MULTILINE))
     assert app[2] == "app" and owner[2] == "owner"
