@@ -71,6 +71,14 @@ def test_every_file_that_is_named_exists(page):
     assert not missing
 
 
+def test_every_module_is_on_the_map():
+    """docs/architecture.md says of each file of the package what it does."""
+    text = (PROJECT / "docs" / "architecture.md").read_text()
+    files = [file for file in (PROJECT / "dicomstore").rglob("*.py") if file.name != "__init__.py"]
+    names = [file.relative_to(PROJECT).as_posix() for file in files]
+    assert not [name for name in names if f"| `{name}` |" not in text]
+
+
 @each_page
 def test_every_call_and_module_exists(page):
     """Each method of the store and each module to run that a page names is there."""
