@@ -81,11 +81,13 @@ def test_every_module_is_on_the_map():
 
 @each_page
 def test_every_call_and_module_exists(page):
-    """Each method of the store and each module to run that a page names is there."""
+    """Each method of the store, module to run and compose file that a page names is there."""
     text = page.read_text()
     assert set(re.findall(r"\bstore\.(\w+)\(", text)) <= set(dir(DicomStore))
     for module in re.findall(r"\bpython -m ([\w.]+)", text):
         assert importlib.util.find_spec(module), module
+    for file in re.findall(r" -f (\S+\.yml)", text):
+        assert (PROJECT / file).is_file(), file
 
 
 def test_the_acl_rules_are_two_lines():
