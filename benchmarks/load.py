@@ -35,18 +35,18 @@ CHUNK = 5 * 1024
 TABLE = PROJECT / "benchmarks" / "load.md"
 PUBLISHED = "published method: four fields"
 ALIKE = "one process: these documents"
-PLAIN = "this project, without descriptors"
-WHOLE = "this project, with descriptors"
+PLAIN = "this project, without thumbnails"
+WHOLE = "this project, with thumbnails"
 FIRST = ", first load of a process"
 AGAIN = "this project, all stored already"
-#: Ours, the other, and how many times as fast ours should be.
-TARGETS = (
-    (PLAIN, PUBLISHED, 3),
-    (PLAIN, ALIKE, 3),
-    (WHOLE, PUBLISHED, 1),
-    (WHOLE, ALIKE, 1),
-    (PLAIN + FIRST, PUBLISHED, 3),
-    (WHOLE + FIRST, PUBLISHED, 1),
+#: Ours, and the method that it is compared with.
+PAIRS = (
+    (PLAIN, PUBLISHED),
+    (PLAIN, ALIKE),
+    (WHOLE, PUBLISHED),
+    (WHOLE, ALIKE),
+    (PLAIN + FIRST, PUBLISHED),
+    (WHOLE + FIRST, PUBLISHED),
 )
 
 
@@ -152,8 +152,10 @@ def table(seconds: dict[str, list[float]], counts: dict[str, int]) -> str:
     size = sum(file.stat().st_size for file in files) / MIB
     rounds = len(seconds[PUBLISHED])
     lines = [
-        f"{len(files)} files of {size:.0f} MiB, {rounds} interleaved rounds; {machine()} The "
-        "first two methods send one SET for each 5 KB chunk.",
+        f"{len(files)} files of {size:.0f} MiB, {rounds} interleaved rounds; {machine()} "
+        "The published method is that of the demonstration redis-dicom of 2023: it reads four "
+        "fields of a file and sends one SET for each 5 KB chunk. The second method does the same "
+        "with this project's documents. A *thumbnail* is what `similar` compares.",
         "",
         "| method | files stored | median, ms | lowest to highest |",
         "|---|---:|---:|---:|",
@@ -161,7 +163,7 @@ def table(seconds: dict[str, list[float]], counts: dict[str, int]) -> str:
     for name, times in seconds.items():
         low, median, high = (1000 * x for x in (min(times), statistics.median(times), max(times)))
         lines.append(f"| {name} | {counts[name]} | {median:.0f} | {low:.0f} to {high:.0f} |")
-    lines += ["", *ratios(seconds, TARGETS)]
+    lines += ["", *ratios(seconds, PAIRS)]
     return "\n".join(lines) + "\n"
 
 
