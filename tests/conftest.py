@@ -12,11 +12,13 @@ import pydicom
 import pytest
 import redis
 
-from dicomstore.server.embedded import RedisServer
+from dicomstore.server.embedded import BUILD_FOLDER, RedisServer
 from dicomstore.store import DicomStore, connect
 
 PYDICOM_DATA = Path(pydicom.__file__).parent / "data"
 PYDICOM_FILES = PYDICOM_DATA / "test_files"
+#: The folder of the server that the tests start: redis-server, redis-cli, redisearch.so, rejson.so.
+BUILD = Path(os.environ.get("TEST_REDIS_HOME", BUILD_FOLDER))
 
 
 # A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C.
@@ -33,7 +35,7 @@ def large_files() -> Path:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[RedisServer]:
-    with RedisServer() as running:
+    with RedisServer(build=BUILD) as running:
         yield running
 
 

@@ -349,6 +349,12 @@ def shared_server() -> RedisServer:
         return _shared
 
 
+def shared_port() -> int | None:
+    """Return the port of this process's embedded server, or None if none was started."""
+    with _shared_lock:
+        return _shared.port if _shared is not None and _shared.running else None
+
+
 # --- command line --------------------------------------------------------------------------------
 
 
