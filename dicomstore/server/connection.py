@@ -348,7 +348,7 @@ def _recipe(client: Client) -> tuple[Any, ...]:
 
 def _settings(of_a_pool: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a pool's connections are made with, without what each pool adds for itself."""
-    added = ("himport_registry", "maint_notifications_pool_handler", "orig_")
+    added = ("himport_registry", "maint_notifications_pool_", "oss_cluster_maint_", "orig_")
     return {
         name: value
         for name, value in of_a_pool.items()
@@ -360,7 +360,7 @@ def _settings(of_a_pool: Mapping[str, Any]) -> dict[str, Any]:
 def _client(
     pool: type[redis.ConnectionPool], kind: Any, limits: dict[str, Any], settings: dict[str, Any]
 ) -> redis.Redis:
-    return redis.Redis(connection_pool=pool(connection_class=kind, **limits, **settings))
+    return redis.Redis.from_pool(pool(connection_class=kind, **limits, **settings))
 
 
 def _cluster_client(
