@@ -47,7 +47,7 @@ def running_cluster(primaries=3, replicas=0):
 def new_node(password=None):
     """A node of no cluster yet; it gives up on others after a second."""
     lines = ["cluster-enabled yes", "cluster-node-timeout 1000"]
-    node = RedisServer(port=port_with_bus(), config=lines, build=BUILD)
+    node = RedisServer(port=port_with_bus(), config=lines)
     node.password = password or node.password
     node._extra.append(f"masterauth {node.password}")
     return node

@@ -11,14 +11,27 @@ from pathlib import Path
 import pydicom
 import pytest
 import redis
+from hypothesis import settings
 
-from dicomstore.server.embedded import BUILD_FOLDER, RedisServer
+from dicomstore.server import embedded
+from dicomstore.server.embedded import RedisServer
 from dicomstore.store import DicomStore, connect
 
 PYDICOM_DATA = Path(pydicom.__file__).parent / "data"
 PYDICOM_FILES = PYDICOM_DATA / "test_files"
 #: The folder of the server that the tests start: redis-server, redis-cli, redisearch.so, rejson.so.
-BUILD = Path(os.environ.get("TEST_REDIS_HOME", BUILD_FOLDER))
+BUILD = embedded.BUILD_FOLDER = Path(os.environ.get("TEST_REDIS_HOME", embedded.BUILD_FOLDER))
+
+ALL_EXAMPLES = os.environ.get("TEST_EXAMPLES") == "all"
+
+
+def examples(number: int) -> int:
+    """How many examples a property test tries: `number` in `make faults`, else a fifth of them."""
+    return number if ALL_EXAMPLES else max(number // 5, 10)
+
+
+settings.register_profile("default", max_examples=examples(100), deadline=None)
+settings.load_profile("default")
 
 
 # A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C.
@@ -35,7 +48,7 @@ def large_files() -> Path:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[RedisServer]:
-    with RedisServer(build=BUILD) as running:
+    with RedisServer() as running:
         yield running
 
 
