@@ -1,6 +1,7 @@
 # make demo           set up, run the notebook from top to bottom, print the scenarios' results
+# make examples       the same for the notebooks in examples/
 # make lab            set up, open the notebook in JupyterLab
-# make test           set up, run all tests
+# make test           set up, run all tests, one process a core (JOBS=0: one, to debug)
 # make check          set up, check format, lint and types
 # make format         put the code into its format
 # make notebook       run the notebook and keep its outputs in it
@@ -8,10 +9,12 @@
 # make bench-partial  what reading a part takes as files grow (5 minutes, 6 GB of memory)
 # make bench-load     real files in, beside one process with a SET for each chunk (2 minutes)
 # make bench-search   searching among up to 200,000 documents, and the scenarios (5 minutes)
-# make faults         kill, damage and starve the store at length: benchmarks/faults.md
+# make faults         kill, damage and starve the store at length, and run the property tests with
+#                     all their examples: benchmarks/faults.md
 # make clean          remove what the set-up made
 
 PYTHON ?= python3
+JOBS ?= auto
 BIN := .venv/bin
 # Stamps: a second run does not install again, a changed requirements file does.
 RUN := .venv/run-time-is-installed
@@ -20,13 +23,16 @@ REDIS := .redis/redis-server
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test check format notebook bench bench-load bench-partial bench-search faults clean
+.PHONY: help demo examples lab test check format notebook bench bench-load bench-partial bench-search faults clean
 
 help:
-	@grep -E '^# make' Makefile | sed 's/^# //'
+	@sed -n '/^# /!q; s/^# //p' Makefile
 
 demo: $(RUN) $(REDIS)
 	@$(BIN)/python -m demo.run_notebook
+
+examples: $(RUN) $(REDIS)
+	@$(BIN)/python -m demo.run_notebook $(sort $(wildcard examples/*.ipynb))
 
 lab: $(RUN) $(REDIS)
 	@$(BIN)/jupyter lab dicom_redis.ipynb
@@ -35,10 +41,11 @@ notebook: $(RUN) $(REDIS)
 	@$(BIN)/python -m demo.run_notebook --in-place
 
 test: $(DEV) $(REDIS)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 faults: $(DEV) $(REDIS)
 	@PYTHONPATH=. $(BIN)/python tests/faults.py
+	@TEST_EXAMPLES=all $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m hypothesis
 
 check: $(DEV)
 	@$(BIN)/ruff format --check .

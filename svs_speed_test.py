@@ -281,7 +281,7 @@ def draw_grid(speeds: dict[tuple[float, int], float], title: str, target: Path) 
 
 def _store(client: Client, chunk_kb: float) -> DicomStore:
     chunk_size = round(chunk_kb * KB)
-    return DicomStore(client, chunk_size=chunk_size, progress=False, descriptors=False)
+    return DicomStore(client, chunk_size=chunk_size, progress=False, thumbnails=False)
 
 
 def grid(arguments: argparse.Namespace, files: Sequence[Path]) -> None:

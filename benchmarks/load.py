@@ -138,7 +138,7 @@ def measure(rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
             fresh()
             for suffix in (FIRST, ""):
                 with RedisServer() as server, connect(server.url) as client:
-                    store = DicomStore(client, progress=False, descriptors=descriptors)
+                    store = DicomStore(client, progress=False, thumbnails=descriptors)
                     timed(name + suffix, lambda store=store: loaded(store))  # type: ignore[misc]
                     if descriptors and not suffix:
                         timed(AGAIN, lambda store=store: loaded(store))  # type: ignore[misc]

@@ -38,9 +38,9 @@ sys.path.insert(0, str(PROJECT))
 
 from demo.cine import write_sample_cine  # noqa: E402
 from demo.slide import TILE, write_sample_slide  # noqa: E402
+from dicomstore import DicomStore, connect  # noqa: E402
 from dicomstore.blobs.reader import ChunkReader  # noqa: E402 - not installed, but run in place
 from dicomstore.server.embedded import RedisServer  # noqa: E402
-from dicomstore import DicomStore, connect  # noqa: E402
 
 MIB = 1024 * 1024
 SIZES_MIB = (50, 200, 600, 1536)

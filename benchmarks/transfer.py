@@ -63,7 +63,7 @@ class Bench:
         self.file, self.size = file, file.stat().st_size
         self.client: Any = connect(server.url)
         self.stores = {
-            size: DicomStore(self.client, chunk_size=size, progress=False, descriptors=False)
+            size: DicomStore(self.client, chunk_size=size, progress=False, thumbnails=False)
             for size in (PUBLISHED_CHUNK, DEFAULT_CHUNK_SIZE)
         }
         for size, store in self.stores.items():

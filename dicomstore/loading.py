@@ -28,7 +28,7 @@ from dicomstore.blobs.wire import crc32
 from dicomstore.errors import DamagedError, DifferentImageError, NotDicomError, ServerError
 from dicomstore.imaging.describing import Description, describe_all
 from dicomstore.keys import document_key, shown_path
-from dicomstore.server.connection import Command
+from dicomstore.server.nodes import Command
 
 CHANGED = "changed while it was read; load it again"
 PARTIAL_HEADER = "its header could be read only in part"

@@ -147,7 +147,20 @@ class DicomStore:
 
     def server(self) -> pd.Series[str]:
         """Return which server answers: its version, its engines' versions, and whose it is."""
-        return pd.Series(self._server.facts())
+        hello, engines = self._server.hello(), self._server.engines()
+
+        def version(name: str) -> str:
+            number = engines.get(name, 0)
+            return f"{number // 10000}.{number // 100 % 100}.{number % 100}" if number else "none"
+
+        return pd.Series(
+            {
+                "Redis": hello["version"].decode(),
+                "search engine": version("search"),
+                "JSON engine": version("ReJSON"),
+                "whose": "embedded" if self._server.is_embedded else "yours",
+            }
+        )
 
     # --- files in ---
 

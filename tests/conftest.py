@@ -11,12 +11,27 @@ from pathlib import Path
 import pydicom
 import pytest
 import redis
+from hypothesis import settings
 
 from dicomstore import DicomStore, connect
+from dicomstore.server import embedded
 from dicomstore.server.embedded import RedisServer
 
 PYDICOM_DATA = Path(pydicom.__file__).parent / "data"
 PYDICOM_FILES = PYDICOM_DATA / "test_files"
+#: The folder of the server that the tests start: redis-server, redis-cli, redisearch.so, rejson.so.
+BUILD = embedded.BUILD_FOLDER = Path(os.environ.get("TEST_REDIS_HOME", embedded.BUILD_FOLDER))
+
+ALL_EXAMPLES = os.environ.get("TEST_EXAMPLES") == "all"
+
+
+def examples(number: int) -> int:
+    """How many examples a property test tries: `number` in `make faults`, else a fifth of them."""
+    return number if ALL_EXAMPLES else max(number // 5, 10)
+
+
+settings.register_profile("default", max_examples=examples(100), deadline=None)
+settings.load_profile("default")
 
 
 # A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C.

@@ -1,57 +1,32 @@
 """The whole store on a Redis Cluster of three real nodes of the embedded build."""
 
-import contextlib
 import os
-import socket
-import subprocess
 import threading
-import time
 from collections import Counter
 
 import pytest
 import redis
+from clusters import running_cluster
 from samples import dicom, sha256_of
 
 import dicomstore.store as store_module
 from dicomstore import DicomStore, connect
 from dicomstore.errors import MissingChunkError, NotStoredError, SearchError, ServerError
-from dicomstore.server.embedded import BUILD_FOLDER, RedisServer
 
 NODES = 3
 
 
-def port_with_bus():
-    """A free TCP port whose cluster bus port, 10,000 above, is free too."""
-    while True:
-        with socket.socket() as probe, socket.socket() as bus:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-            with contextlib.suppress(OSError, OverflowError):
-                bus.bind(("127.0.0.1", port + 10_000))
-                return port
+@pytest.fixture(scope="module")
+def nodes():
+    """The nodes of a cluster that is up."""
+    with running_cluster(NODES) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    """The URL of one node of a cluster that is up."""
-    with contextlib.ExitStack() as stack:
-        nodes = []
-        for _ in range(NODES):
-            node = RedisServer(port=port_with_bus(), config=["cluster-enabled yes"])
-            node.password = nodes[0].password if nodes else node.password
-            nodes.append(stack.enter_context(node))
-        addresses = [f"127.0.0.1:{node.port}" for node in nodes]
-        command = [BUILD_FOLDER / "redis-cli", "--cluster", "create", *addresses]
-        made = subprocess.run(
-            [*command, "--cluster-replicas", "0", "--cluster-yes"],
-            env={**os.environ, "REDISCLI_AUTH": nodes[0].password}, capture_output=True, text=True,
-        )  # fmt: skip
-        assert made.returncode == 0, made.stdout + made.stderr
-        for node in nodes:
-            with redis.Redis.from_url(node.url, decode_responses=True) as one:
-                while one.cluster("info")["cluster_state"] != "ok":
-                    time.sleep(0.05)
-        yield nodes[0].url
+def cluster(nodes):
+    """The URL of one node of that cluster."""
+    return nodes[0].url
 
 
 @pytest.fixture

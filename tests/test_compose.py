@@ -1,9 +1,8 @@
-"""What docker-compose.yml promises, as far as it can be held without a Docker engine."""
+"""What the two Compose files promise, as far as it can be held without a Docker engine."""
 
 import os
 import re
 import shlex
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -11,10 +10,12 @@ from pathlib import Path
 import pytest
 import redis
 import yaml
-
-from dicomstore.server.embedded import BUILD_FOLDER
+from clusters import port_with_bus
+from conftest import BUILD
 
 PROJECT = Path(__file__).parent.parent
+ONE = PROJECT / "docker-compose.yml"
+CLUSTER = PROJECT / "docs" / "docker-compose.cluster.yml"
 PASSWORD = "not-the-default"
 CONFIG_FILE = "/usr/local/etc/redis/redis.conf"
 
@@ -43,11 +44,16 @@ def interpolate(node, environment):
     return node
 
 
-def compose(**environment):
-    """The parsed file, as Compose sees it with these lines in .env."""
-    text = (PROJECT / "docker-compose.yml").read_text()
-    assert not re.search(r"\$(?!\$|\{\w+:-)", text.replace("$$", "")), "another form of variable"
-    return interpolate(yaml.safe_load(text), environment)
+def compose(*files, **environment):
+    """The files together, both by default, as Compose sees them with these lines in .env."""
+    merged = {}
+    for file in files or (ONE, CLUSTER):
+        text = file.read_text()
+        assert not re.search(r"\$(?!\$|\{\w+:-)", text.replace("$$", "")), "a different variable"
+        for name, part in interpolate(yaml.safe_load(text), environment).items():
+            assert not merged.get(name, {}).keys() & part.keys(), "the files contradict each other"
+            merged.setdefault(name, {}).update(part)
+    return merged
 
 
 def config_lines(parsed):
@@ -70,23 +76,10 @@ def environment_of(service, **changed):
     return {"PATH": os.environ["PATH"], **service["environment"], **changed}
 
 
-def free_port():
-    """A free TCP port whose cluster bus port, 10,000 above, is free too."""
-    while True:
-        with socket.socket() as probe, socket.socket() as bus:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-            try:
-                bus.bind(("127.0.0.1", port + 10_000))
-            except (OSError, OverflowError):
-                continue
-            return port
-
-
 @pytest.fixture(autouse=True)
 def build_on_path(monkeypatch):
     """The embedded build's programs take the place of the image's."""
-    monkeypatch.setenv("PATH", f"{BUILD_FOLDER}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{BUILD}{os.pathsep}{os.environ['PATH']}")
 
 
 @pytest.fixture
@@ -113,8 +106,8 @@ def start(tmp_path):
             for word in shlex.split(service["command"])
         ]
         assert str(port) in command, "the port of the healthcheck is not the server's"
-        command += ["--loadmodule", str(BUILD_FOLDER / "redisearch.so"), *search]
-        command += ["--loadmodule", str(BUILD_FOLDER / "rejson.so")]
+        command += ["--loadmodule", str(BUILD / "redisearch.so"), *search]
+        command += ["--loadmodule", str(BUILD / "rejson.so")]
         log = folder / "log"
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -196,9 +189,8 @@ def test_the_password_has_a_default_that_dot_env_overrides():
             assert expected not in str(service.get("command")), "ps would show the password"
         assert found == {expected}
     assert default not in yaml.safe_dump(compose(REDIS_PASSWORD=PASSWORD))
-    urls = re.findall(
-        r"redis://:(.*)@127\.0\.0\.1:(\d+)", (PROJECT / "docker-compose.yml").read_text()
-    )
+    text = ONE.read_text() + CLUSTER.read_text()
+    urls = re.findall(r"redis://:(.*)@127\.0\.0\.1:(\d+)", text)
     assert urls == [(default, "6379"), (default, "7001")]
 
 
@@ -226,10 +218,14 @@ def test_the_configuration_reaches_every_server():
 
 
 def test_a_plain_up_starts_no_cluster():
-    """Redis and Redis Insight are there by default, everything of the cluster by its profile."""
-    for name, service in compose()["services"].items():
-        expected = ["cluster"] if name.startswith("cluster-") else None
-        assert service.get("profiles") == expected, name
+    """The first file is Redis and Redis Insight; the second adds a cluster and changes neither."""
+    assert set(compose(ONE)["services"]) == {"redis", "redisinsight"}
+    added = yaml.safe_load(CLUSTER.read_text())["services"]
+    assert all(name.startswith("cluster-") for name in added)
+    same = ("image", "configs", "healthcheck")
+    for name, service in servers(compose()).items():
+        for part in same:
+            assert service[part] == compose()["services"]["redis"][part], name
 
 
 def test_cluster_nodes_have_one_address_inside_and_outside():
@@ -254,7 +250,7 @@ def test_cluster_nodes_have_one_address_inside_and_outside():
 def test_the_settings_start_the_embedded_build(start):
     """Every line of redis.conf is accepted and in force; the search lines, by their old names."""
     parsed = compose(REDIS_PASSWORD=PASSWORD)
-    port = free_port()
+    port = port_with_bus()
     process = start(parsed, "redis", port)
     with client(port) as server:
         for name, value in config_lines(parsed).items():
@@ -272,7 +268,7 @@ def test_the_settings_start_the_embedded_build(start):
 def test_what_was_acknowledged_survives_a_kill(start):
     """The append-only file brings a chunk back after `kill -9`, from the volume's folder alone."""
     parsed = compose(REDIS_PASSWORD=PASSWORD)
-    port = free_port()
+    port = port_with_bus()
     process = start(parsed, "redis", port)
     with client(port) as server:
         server.set("chunk:file:a.dcm:0123456789ab:0", "bytes")
@@ -286,7 +282,7 @@ def test_what_was_acknowledged_survives_a_kill(start):
 def test_the_healthcheck_can_fail(start):
     """It passes with the right password only, and fails when no server answers."""
     parsed = compose(REDIS_PASSWORD=PASSWORD)
-    port = free_port()
+    port = port_with_bus()
     for name in servers(parsed):
         assert healthcheck(parsed, name, port) != 0, f"{name}: no server, yet healthy"
     process = start(parsed, "redis", port)
@@ -314,7 +310,7 @@ def test_the_creator_makes_a_cluster_once(start):
     """Its first run makes a cluster a client can use, its second changes nothing and exits 0."""
     parsed = compose(REDIS_PASSWORD=PASSWORD)
     names = [name for name in servers(parsed) if name.startswith("cluster")]
-    ports = [free_port() for _ in names]
+    ports = [port_with_bus() for _ in names]
     nodes = [start(parsed, name, port) for name, port in zip(names, ports, strict=True)]
 
     first = create_cluster(parsed, ports, patience=30)
@@ -350,7 +346,7 @@ def test_the_creator_makes_a_cluster_once(start):
 def test_the_creator_says_what_the_nodes_answer(start):
     """With a wrong password it makes nothing, exits with 1 and shows the node's own words."""
     parsed = compose(REDIS_PASSWORD=PASSWORD)
-    port = free_port()
+    port = port_with_bus()
     start(parsed, "cluster-1", port)
     wrong = create_cluster(compose(REDIS_PASSWORD="wrong"), [port], patience=1)
     assert wrong.returncode == 1 and "WRONGPASS" in wrong.stderr

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from pydicom import datadict
 from samples import PREAMBLE, dicom, element
 
+from dicomstore import DicomStore, connect, not_, words
 from dicomstore.catalogue.schema import WORD_FIELDS
 from dicomstore.errors import NotIndexedError, SearchError, SearchTimeoutError
 from dicomstore.imaging import header
 from dicomstore.server.embedded import RedisServer
-from dicomstore import DicomStore, connect, not_, words
 
 #: What a server does that was started without the options of ours.
 PLAIN = "TIMEOUT 10000 ON_TIMEOUT FAIL"

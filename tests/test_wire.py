@@ -569,6 +569,8 @@ def make_certificates(folder: Path) -> None:
     new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
     new += ["-noenc", "-days", "2"]
     ca = ["-subj", "/CN=test CA", "-keyout", "ca.key", "-out", "ca.crt"]
+    # From Python 3.13 on, TLS takes only an authority whose certificate says what it is for.
+    ca += ["-addext", "keyUsage=critical,keyCertSign"]
     own = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-CA", "ca.crt"]
     own += ["-CAkey", "ca.key", "-keyout", "own.key", "-out", "own.crt"]
     own += ["-addext", "basicConstraints=critical,CA:FALSE"]

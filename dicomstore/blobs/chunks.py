@@ -17,7 +17,8 @@ from blake3 import blake3
 from dicomstore.blobs.manifest import BATCH_BYTES, Document, Manifest
 from dicomstore.blobs.wire import ChunkStream, crc32, run
 from dicomstore.errors import DamagedError, MissingChunkError
-from dicomstore.server.connection import SOCKET_TIMEOUT_S, Command, Server
+from dicomstore.server.connection import SOCKET_TIMEOUT_S, Server
+from dicomstore.server.nodes import Command
 
 #: `read_each` holds about so many bytes of files at a time, and one file at least.
 WINDOW_BYTES = 64 * 1024 * 1024

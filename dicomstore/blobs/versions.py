@@ -30,7 +30,8 @@ from dicomstore.blobs.manifest import (
 )
 from dicomstore.errors import DamagedError, DicomRedisError, RefusedError, ServerError
 from dicomstore.keys import CHUNK_PREFIX, DOCUMENT_PREFIX, document_key, path_of, shown_path
-from dicomstore.server.connection import Command, Server
+from dicomstore.server.connection import Server
+from dicomstore.server.nodes import Command
 
 #: How long a lease lasts unless it is renewed (ms).
 LEASE_MS = 5000

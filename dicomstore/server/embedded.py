@@ -177,7 +177,7 @@ class RedisServer:
     config : iterable of str, optional
         Further lines of redis.conf; they come last and so override.
     build : path, optional
-        The folder of the build.
+        The folder of the build; by default the one that `install` fills.
 
     Attributes
     ----------
@@ -197,10 +197,10 @@ class RedisServer:
         folder: str | os.PathLike[str] | None = None,
         port: int | None = None,
         config: Iterable[str] = (),
-        build: str | os.PathLike[str] = BUILD_FOLDER,
+        build: str | os.PathLike[str] | None = None,
     ) -> None:
         self.folder = None if folder is None else Path(folder).resolve()
-        self.build = Path(build).resolve()
+        self.build = Path(build or BUILD_FOLDER).resolve()
         self.password = secrets.token_urlsafe(24)
         self.port = 0
         self._wanted_port = port
@@ -347,6 +347,12 @@ def shared_server() -> RedisServer:
             _shared = RedisServer().start()
             atexit.register(_shared.stop)
         return _shared
+
+
+def shared_port() -> int | None:
+    """Return the port of this process's embedded server, or None if none was started."""
+    with _shared_lock:
+        return _shared.port if _shared is not None and _shared.running else None
 
 
 # --- command line --------------------------------------------------------------------------------

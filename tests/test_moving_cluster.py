@@ -1,0 +1,283 @@
+"""Commands to a cluster whose slots move and whose primaries die, with writers and readers at work.
+
+What is held here is the promise of `Server`: every command follows, and nothing is done twice or
+half.
+"""
+
+import random
+import threading
+import time
+
+import pytest
+from clusters import Slot, is_settled, kill, moving, new_node, plain, running_cluster, wait_until
+
+from dicomstore.errors import RefusedError, ServerError
+from dicomstore.server.connection import Server, connect
+
+SECONDS = 2.0
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    with running_cluster(3) as running:
+        yield running
+
+
+@pytest.fixture
+def server(nodes):
+    with connect(nodes[0].url) as client, Server(client, patience=10) as sending:
+        client.flushall(target_nodes="primaries")
+        yield sending
+
+
+@pytest.fixture
+def half_moved(nodes, server):
+    """The slot of ``{a}...`` on its way: ``{a}new`` is at the target; call it to end the move."""
+    slot = Slot(nodes, server.client.keyslot("{a}"))
+    server.commands([("SET", "{a}old", "1"), ("SET", "{a}new", "1")])
+    target = next(name for name in slot.nodes if name != slot.owner())
+    source = slot.begin(target)
+    with plain(slot.nodes[source]) as one, plain(slot.nodes[target]) as other:
+        address = "127.0.0.1", slot.nodes[target].port
+        one.execute_command(
+            "MIGRATE", *address, "{a}new", 0, 5000, "AUTH", slot.nodes[target].password
+        )
+        assert one.dbsize() > 0 and other.execute_command("CLUSTER COUNTKEYSINSLOT", slot.slot) == 1
+    yield lambda: (slot.move_keys(source, target), slot.end(target))
+    slot.move_keys(source, target)
+    slot.end(target)
+
+
+def add_one(key):
+    """A transaction that counts: what is done twice or lost shows in the number."""
+
+    def body(pipe):
+        number = int(pipe.get(key) or 0)
+        pipe.multi()
+        pipe.set(key, number + 1)
+        return number + 1
+
+    return body
+
+
+def test_commands_find_keys_of_a_slot_on_its_way(server, half_moved):
+    """While the keys of a slot lie on two nodes, each command finds its own, new ones too."""
+    replies = server.commands(
+        [
+            ("GET", "{a}old"), ("GET", "{a}new"), ("MGET", "{a}new"), ("EXISTS", "{a}old"),
+            ("SET", "{a}more", "2"), ("PEXPIRE", "{a}new", 100_000), ("GET", "elsewhere"),
+            ("JSON.SET", "{a}json", "$", "{}"), ("JSON.GET", "{a}json"), ("UNLINK", "{a}more"),
+        ]
+    )  # fmt: skip
+    assert replies == [b"1", b"1", [b"1"], 1, True, True, None, b"OK", b"{}", 1]
+    assert server.command("GET", "{a}new") == b"1" and server.command("GET", "{a}none") is None
+    half_moved()
+    assert server.commands([("GET", "{a}old"), ("GET", "{a}new")]) == [b"1", b"1"]
+
+
+@pytest.mark.parametrize("key", ["{a}old", "{a}new", "{a}more"])
+def test_a_transaction_in_a_slot_on_its_way(key, server, half_moved):
+    """A transaction is done once, wherever its key is and even where the slot moves within it."""
+    add = add_one(key)
+    before = int(server.command("GET", key) or 0)
+    assert server.transaction([key], add) == before + 1
+    turns = []
+
+    def and_move(pipe):
+        turns.append(pipe.get(key))
+        if len(turns) == 1:
+            half_moved()
+        return add(pipe)
+
+    assert server.transaction([key], and_move) == before + 2
+    assert int(server.command("GET", key)) == before + 2
+
+
+def test_keys_on_two_nodes_are_waited_for(nodes, server, half_moved):
+    """A transaction over keys that lie on two nodes waits for the slot, or says what it lacks."""
+    pair = ["{a}old", "{a}new"]
+    with pytest.raises(ServerError, match=r"did not settle in time.*slot is moving.*try again"):
+        Server(server.client, patience=0.3).transaction(pair, add_one(pair[0]))
+    assert server.command("GET", pair[0]) == b"1"
+    mover = threading.Timer(0.3, half_moved)
+    mover.start()
+    assert server.transaction(pair, add_one(pair[0])) == 2
+    mover.join()
+
+
+def test_a_node_that_joins(nodes, server):
+    """A slot on its way to a node that the client has never heard of is followed there."""
+    with new_node(nodes[0].password) as extra, plain(nodes[0]) as one:
+        one.execute_command("CLUSTER MEET", "127.0.0.1", extra.port)
+        slot = Slot([*nodes, extra], server.client.keyslot("{b}"))
+        target = next(name for name, node in slot.nodes.items() if node is extra)
+        for node in slot.nodes.values():
+            wait_until(lambda node=node: is_settled(node, 4))
+        server.command("SET", "{b}x", "1")
+        source = slot.begin(target)
+        slot.move_keys(source, target)
+        assert server.command("GET", "{b}x") == b"1"
+        assert server.transaction(["{b}x"], add_one("{b}x")) == 2
+        slot.end(target)
+        assert server.command("GET", "{b}x") == b"2"
+        slot.move(source)
+        assert server.command("GET", "{b}x") == b"2"
+        for node in nodes:
+            with plain(node) as each:
+                each.execute_command("CLUSTER FORGET", target)
+
+
+def test_the_scan_misses_nothing_that_moves(nodes, server):
+    """Keys whose slot goes to a node already scanned are found, and none twice."""
+    keys = [f"{{{number}}}k" for number in range(60)]
+    server.commands([("SET", key, "x") for key in keys])
+    scan = server.scan("*k", "string")
+    found = [next(scan)]
+    slots = [Slot(nodes, server.client.keyslot(key)) for key in keys[:6]]
+    for slot in slots:
+        names = list(slot.nodes)
+        slot.move(names[(names.index(slot.owner()) + 1) % 3])
+    found += scan
+    assert sorted(found) == sorted(key.encode() for key in keys)
+
+
+class Work:
+    """Writers and a reader at work through servers of their own until told to stop."""
+
+    def __init__(self, url, keys, *, patience=30.0):
+        self.written = {key: 0 for key in keys}
+        self.acknowledged = {key: [] for key in keys}
+        self.failures, self.reads = [], 0
+        self._over = threading.Event()
+        jobs = [(self._write, keys[turn::2]) for turn in range(2)] + [(self._read, keys)]
+        self._threads = [
+            threading.Thread(target=self._do, args=(url, patience, *job)) for job in jobs
+        ]
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _do(self, url, patience, job, keys):
+        try:
+            with connect(url) as client:
+                server = Server(client, patience=patience)
+                while not self._over.is_set():
+                    job(server, keys)
+        except Exception as error:
+            self.failures.append(error)
+
+    def _write(self, server, keys):
+        """Count each key up by a transaction, with a pair of strings that must always agree."""
+        for key in keys:
+            number = self.written[key] + 1
+            server.commands([("SET", f"{{{key}}}:{n}:{number}", str(number)) for n in range(3)])
+            server.transaction(
+                [key], lambda pipe, key=key, number=number: self._to(pipe, key, number)
+            )
+            self.written[key] = number
+            self.acknowledged[key].append((time.monotonic(), number))
+
+    @staticmethod
+    def _to(pipe, key, number):
+        """Set the number, unless a lost connection hid that it is set: a body has to look."""
+        if int(pipe.get(key) or 0) != number:
+            pipe.multi()
+            pipe.set(key, number)
+
+    def _read(self, server, keys):
+        """What a key counts to has its three strings, whatever is moving."""
+        key = random.choice(keys)
+        number = int(server.command("GET", key) or 0)
+        if number:
+            parts = server.commands([("GET", f"{{{key}}}:{n}:{number}") for n in range(3)])
+            assert parts == [str(number).encode()] * 3
+        self.reads += 1
+
+
+def test_writers_and_readers_while_slots_move(nodes, server):
+    """No command fails, no transaction is lost or done twice, no reader sees a part."""
+    keys = [f"key{number}" for number in range(6)]
+    counter = "{key0}count"
+    slots = [Slot(nodes, server.client.keyslot(key)) for key in keys]
+    counted = 0
+    with Work(nodes[0].url, keys) as work, moving(nodes, slots) as moves:
+        until = time.monotonic() + SECONDS
+        while time.monotonic() < until:
+            counted = server.transaction([counter], add_one(counter))
+            if work.failures:
+                break
+    assert work.failures == [] and len(moves) > len(slots)
+    assert int(server.command("GET", counter)) == counted > 10
+    for key, number in work.written.items():
+        assert int(server.command("GET", key)) == number > 0
+    assert work.reads > 10
+
+
+def test_a_replica_takes_over():
+    """When a primary is killed, those who write and who only read go on; what was replicated stays.
+
+    Searches go to a node that answers, and a cursor that lived on the dead node is an error.
+    """
+    with running_cluster(3, replicas=1) as nodes, connect(nodes[1].url) as client:
+        server = Server(client)
+        victim, key = nodes[0], None
+        keys = [f"key{number}" for number in range(200)]
+        mine = [key for key in keys if client.get_node_from_key(key).port == victim.port][:4]
+        others = [key for key in keys if client.get_node_from_key(key).port != victim.port][:2]
+        assert victim.port in {node.port for node in client.get_primaries()} and len(mine) == 4
+        searching = [Server(client) for _ in range(8)]
+        assert {each.search_command("PING") for each in searching} == {True}
+        with Work(nodes[1].url, [*mine, *others]) as work:
+            wait_until(lambda: all(work.written.values()))
+            time.sleep(SECONDS / 2)
+            killed = time.monotonic()
+            kill(victim)
+            before = dict(work.written)
+            assert {each.search_command("PING") for each in searching} == {True}
+            wait_until(
+                lambda: (
+                    work.failures
+                    or all(number > before[key] for key, number in work.written.items())
+                )
+            )
+            assert work.failures == []
+            time.sleep(SECONDS / 2)
+        assert work.failures == []
+        for key, acknowledged in work.acknowledged.items():
+            stored = int(server.command("GET", key))
+            # What a primary acknowledged in its last moment may not have reached its replica.
+            sure = [n for at, n in acknowledged if not killed - 0.5 < at <= killed]
+            assert stored >= max(sure)
+            parts = server.commands([("GET", f"{{{key}}}:{n}:{stored}") for n in range(3)])
+            assert parts == [str(stored).encode()] * 3
+        assert server.key_count() > 0 and server.memory_used() > 0
+
+
+def test_a_cluster_without_a_replacement():
+    """Where nobody takes over, the error comes after a bounded time and says what is the matter."""
+    with running_cluster(3) as nodes, connect(nodes[1].url) as client:
+        server = Server(client, patience=2)
+        key = next(
+            key
+            for key in map(str, range(200))
+            if client.get_node_from_key(key).port == nodes[0].port
+        )
+        server.command("SET", key, "x")
+        kill(nodes[0])
+        for action in (
+            lambda: server.command("GET", key),
+            lambda: server.transaction([key], add_one(key)),
+            lambda: list(server.scan("*", "string")),
+            server.key_count,
+        ):
+            with pytest.raises(ServerError, match="again") as caught:
+                action()
+            assert not isinstance(caught.value, RefusedError)
+            assert key not in str(caught.value).split()
