@@ -368,6 +368,7 @@ class _Sending:
             members["thumbnail"] = description.thumbnail
         return {
             "imageName": shown_path(self._load.path.rpartition("/")[2]),
+            **_folders(self._load.path),
             "size": manifest.size,
             "blake3": digest,
             "version": manifest.version,
@@ -378,6 +379,13 @@ class _Sending:
             **({"attachments": attachments} if attachments else {}),
             **members,
         }
+
+
+def _folders(path: str) -> dict[str, list[str]]:
+    """Return the folders that a file lies in, the outermost first, as a member of its document."""
+    parts = shown_path(path).split("/")[:-1]
+    found = ["/".join(parts[: count + 1]) for count in range(len(parts))]
+    return {"folders": found} if found else {}
 
 
 def _refuse_different_image(path: str, stored: Mapping[str, Any], new: Mapping[str, Any]) -> None:

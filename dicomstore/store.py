@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Self, cast
 
@@ -214,7 +214,7 @@ class DicomStore:
         source = Path(source)
         if not source.exists():
             raise FileNotFoundError(f"There is no file or folder {source}.")
-        prefix = f"{checked_path(under.strip('/'))}/" if under else ""
+        prefix = _folder(under)
         if self._server.can_search():
             self._catalogue.ensure()
         found = [(source.name, source, "")] if source.is_file() else walk(source)
@@ -292,11 +292,16 @@ class DicomStore:
         key, _ = self._reading.members(name, ("version",))
         self._versions.delete(key)
 
-    def sweep(self) -> pd.DataFrame:
+    def sweep(self, *, under: str = "") -> pd.DataFrame:
         """Remove the chunks that no document names: what loaders leave when they are killed.
 
         It is safe while others load and read. Where a lease says that a load may be in progress,
         the sweep waits for as long as a lease lasts (5 s), and removes what is not renewed.
+
+        Parameters
+        ----------
+        under : str, optional
+            Only in this folder of the store.
 
         Returns
         -------
@@ -304,7 +309,7 @@ class DicomStore:
             One row for every version removed: ``path``, ``version``, ``chunks`` and ``size``, the
             bytes that they held.
         """
-        rows = self._versions.sweep()
+        rows = self._versions.sweep(_folder(under))
         report = pd.DataFrame(rows, columns=["path", "version", "chunks", "size"])
         return report.groupby(["path", "version"], as_index=False).sum()
 
@@ -514,7 +519,7 @@ class DicomStore:
             keys = self._versions.keys()
         else:
             keys = [self._reading.members(name, ("version",))[0] for name in _names(names)]
-        folder = f"{checked_path(under.strip('/'))}/" if under else ""
+        folder = _folder(under)
         return [key for key in keys if path_of(key).startswith(folder)]
 
     # --- a hot tier ---
@@ -582,6 +587,7 @@ class DicomStore:
         columns: str | Sequence[str] | None = None,
         order_by: str | None = None,
         limit: int | None = None,
+        under: str = "",
         **conditions: Any,
     ) -> pd.DataFrame:
         """Find stored files by their indexed fields, in one round trip.
@@ -597,6 +603,8 @@ class DicomStore:
             equal ones in order of their path.
         limit : int, optional
             Only so many files, the first ones in that order.
+        under : str, optional
+            Only files in this folder of the store.
         **conditions
             ``field=value``, of which all have to be met; the field by its name, as `modality`, or
             its DICOM keyword, as `Modality` (`Columns`, since `columns` is taken). A value is
@@ -627,7 +635,7 @@ class DicomStore:
         """
         table, carried = self._catalogue.find(
             query, columns=columns, order_by=order_by, limit=limit, carry=MANIFEST_MEMBERS,
-            **conditions,
+            **_below(under, conditions),
         )  # fmt: skip
         self._reading.remember(carried)
         return table
@@ -640,6 +648,7 @@ class DicomStore:
         query: str = "",
         missing: bool = False,
         by: str | None = None,
+        under: str = "",
         **conditions: Any,
     ) -> Any:
         """Count the files by the values of one indexed field, or of two.
@@ -654,7 +663,7 @@ class DicomStore:
             Whether files without the field are counted, as pandas' missing value.
         by : {"year", "month"}, optional
             What to count dates by.
-        query, **conditions
+        query, under, **conditions
             As for :meth:`find`.
 
         Returns
@@ -669,7 +678,7 @@ class DicomStore:
             As for :meth:`find`.
         """
         return self._catalogue.count_by(
-            name, across, query=query, missing=missing, by=by, **conditions
+            name, across, query=query, missing=missing, by=by, **_below(under, conditions)
         )
 
     def similar(
@@ -679,6 +688,7 @@ class DicomStore:
         *,
         columns: Sequence[str] = SIMILAR_COLUMNS,
         query: str = "",
+        under: str = "",
         **conditions: Any,
     ) -> pd.DataFrame:
         """Find the stored images that look most like one, by their thumbnails, in one search.
@@ -690,7 +700,7 @@ class DicomStore:
             columns, 3).
         k : int, optional
             How many images; `image` itself is none of them.
-        columns, query, **conditions
+        columns, query, under, **conditions
             As for :meth:`find`.
 
         Returns
@@ -723,7 +733,12 @@ class DicomStore:
         else:
             wanted = thumbnail.of_array(image)
         return self._catalogue.similar(
-            wanted, k, leave_out=own_key, columns=columns, query=query, **conditions
+            wanted,
+            k,
+            leave_out=own_key,
+            columns=columns,
+            query=query,
+            **_below(under, conditions),
         )
 
     def index_also(self, *keywords: str) -> pd.Series[int]:
@@ -755,6 +770,16 @@ class DicomStore:
     def drop_index(self) -> None:
         """Drop the index; the documents stay, and the next search makes it again."""
         self._catalogue.drop_index()
+
+
+def _folder(under: str) -> str:
+    """Return a folder of the store as the beginning of paths; "" is the whole store."""
+    return f"{checked_path(under.strip('/'))}/" if under else ""
+
+
+def _below(under: str, conditions: Mapping[str, Any]) -> dict[str, Any]:
+    """Return conditions with the one that files lie in a folder of the store."""
+    return {**conditions, **({"folders": shown_path(_folder(under)[:-1])} if under else {})}
 
 
 def _name(name: Any) -> str:

@@ -312,9 +312,10 @@ class Versions:
 
     # --- what killed loaders leave behind ---
 
-    def sweep(self) -> list[tuple[str, str, int, int]]:
-        """Remove chunks that no document names; return path, version, count and bytes of each."""
-        keys = self._server.scan(f"{CHUNK_PREFIX}{DOCUMENT_PREFIX}*", "string")
+    def sweep(self, folder: str) -> list[tuple[str, str, int, int]]:
+        """Remove chunks below a folder that no document names; of each path, version, 1, bytes."""
+        start = re.sub(r"([*?\[\]\\^])", r"\\\1", CHUNK_PREFIX + document_key(folder))
+        keys = self._server.scan(f"{start}*", "string")
         rows, leased = [], []
         while page := [os.fsdecode(key) for key in itertools.islice(keys, SWEEP_PAGE)]:
             unnamed, in_use = self._unnamed(page)

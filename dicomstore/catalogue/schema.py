@@ -24,12 +24,14 @@ INDEX_NAME = re.compile(rf"{INDEX}:([0-9a-f]{{12}}):[0-9a-f]{{12}}")
 #: without reading the documents.
 INDEX_FIELDS = {
     "imageName": "TAG",
+    "folders": "TAG",
     "size": "NUMERIC",
     **{name: indexed.type for name, indexed in header.FIELDS.items()},
     **slide.FIELDS,
 }
 UNSORTED_FIELDS = {
     "imageName",
+    "folders",
     "studyInstanceUID",
     "seriesInstanceUID",
     "sopInstanceUID",
