@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Self, cast
+from typing import Any, Self
 
 import pandas as pd
 import pydicom
@@ -19,8 +19,8 @@ from dicomstore.blobs.manifest import BATCH_BYTES, DEFAULT_CHUNK_SIZE, MANIFEST_
 from dicomstore.blobs.reader import CACHE_BYTES, ChunkReader
 from dicomstore.blobs.versions import Versions
 from dicomstore.catalogue.index import Catalogue
-from dicomstore.errors import NotDicomError, NoThumbnailError, SearchError
-from dicomstore.imaging import describing, header, thumbnail
+from dicomstore.errors import NotDicomError, NotStoredError, NoThumbnailError, SearchError
+from dicomstore.imaging import describing, thumbnail
 from dicomstore.keys import checked_path, path_of, shown_path
 from dicomstore.loading import Load, Loader, walk
 from dicomstore.prefetching import Around, Prefetch, Prefetcher
@@ -113,7 +113,7 @@ class DicomStore:
         if prefetch:
             around = Around(self._reading, self._catalogue, self._prefetcher, prefetch)
             self._tier.on_miss = around.missed
-        self._viewing = Viewing(self._server, self._reading)
+        self._viewing = Viewing(self._server, self._chunks, self._versions, self._reading)
 
     def __repr__(self) -> str:
         return f"DicomStore(chunk_size={self.chunk_size})"
@@ -391,16 +391,7 @@ class DicomStore:
         NotDicomError
             If the stored file is a slide.
         """
-        with self.open(name) as file:
-            start = header.dataset_start(cast(BinaryIO, file))
-            if start is None:
-                raise NotDicomError(f"{file.name} is not a DICOM file and has no header.")
-            source: Any = file
-            if start == 1:  # after a stray byte; pydicom would begin before it
-                file.seek(start)
-                source = io.BytesIO(file.read())
-            source.seek(0)
-            return pydicom.dcmread(source, stop_before_pixels=True, force=True)
+        return self._reading.header(_name(name))
 
     def manifest(self, name: Any) -> Manifest:
         """Return how a stored file lies in chunks; `name` as for :meth:`read`."""
@@ -455,6 +446,43 @@ class DicomStore:
         several = not isinstance(k, int)
         found = self._viewing.frames(_name(name), k if several else [k])
         return found if several else found[0]
+
+    def volume(
+        self, names: Any = None, *, split: bool = False, under: str = "", **conditions: Any
+    ) -> Any:
+        """Return a series as one array, its slices in the order in which they lie in the patient.
+
+        Parameters
+        ----------
+        names : sequence of str, or pandas.DataFrame, optional
+            The instances, as for :meth:`read_many`.
+        split : bool, optional
+            Whether instances that do not form one volume give several.
+        under, **conditions
+            As for :meth:`find`, in place of `names`: ``volume(seriesInstanceUID=uid)``.
+
+        Returns
+        -------
+        Volume, or list of Volume
+            ``array`` of shape (slices, rows, columns) with Rescale applied, ``affine`` (voxel to
+            patient, LPS, mm), ``spacing`` (mm) and ``paths``; ordered by the projection of Image
+            Position (Patient) on the slices' normal (PS3.3 C.7.6.2.1.1).
+
+        Raises
+        ------
+        VolumeError
+            If the instances do not form one volume; it says which files are in the way.
+        NotStoredError
+            If no instance is found.
+        """
+        if names is None:
+            keys = self._catalogue.keys_of(**_below(under, conditions))
+        else:
+            keys = self._keys(names, under)
+        if not keys:
+            raise NotStoredError("No instance fits these conditions: there is nothing to show.")
+        volumes = self._viewing.volumes(keys, split=split)
+        return volumes if split else volumes[0]
 
     def restore(
         self,
