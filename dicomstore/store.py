@@ -406,8 +406,8 @@ class DicomStore:
                         raise description
                     if load.row["status"] != "unchanged":
                         self._store(load, current, description, progress, replace=replace)
-                    elif current is not None and description.descriptor:
-                        self._add_descriptor(load.key, current, description.descriptor)
+                    elif current is not None and description.thumbnail:
+                        self._add_descriptor(load.key, current, description.thumbnail)
                 progress.finished(load)
 
     def _changed(
@@ -474,8 +474,8 @@ class DicomStore:
             raise NotDicomError("neither DICOM (no DICM, no SOP Class UID) nor a slide")
         if current is not None:
             _refuse_another_image(key, current, members, replace)
-        if description.descriptor:
-            members[DESCRIPTOR] = description.descriptor
+        if description.thumbnail:
+            members[DESCRIPTOR] = description.thumbnail
         reasons = [PARTIAL_HEADER] if "headerPartial" in members else []
         reasons += [UNDECODED] if description.given_up and self.descriptors else []
         with load.opened() as file:

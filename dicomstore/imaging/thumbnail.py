@@ -33,7 +33,7 @@ def of_file(file: BinaryIO, members: Mapping[str, Any]) -> list[int] | None:
     file : binary file, seekable
         Its position is not kept.
     members : mapping
-        What :func:`header.describe` says of it.
+        As :func:`header.searchable` returns them.
 
     Returns
     -------
