@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import importlib.util
 import json
-import os
 import statistics
 import sys
 import time
@@ -88,9 +87,10 @@ def alike(url: str) -> int:
     count = 0
     for file in real_files():
         with file.open("rb") as opened:
-            members = header.describe(opened)
-        if members is None:
+            elements = header.read(opened)
+        if elements is None:
             continue
+        members = header.searchable(elements)
         members["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
         members["chunks"] = _chunks(client, file)
         client.execute_command("JSON.SET", f"image:{file}", "$", json.dumps(members))
@@ -116,8 +116,7 @@ def loaded(store: DicomStore) -> int:
 
 def fresh() -> None:
     """End the worker processes, as if this process had loaded nothing yet."""
-    for worker in describing._idle.pop(os.getpid(), []):
-        worker.end()
+    describing.end_idle_workers()
 
 
 def measure(rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:

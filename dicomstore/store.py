@@ -19,7 +19,7 @@ from dicomstore.blobs.manifest import BATCH_BYTES, DEFAULT_CHUNK_SIZE, MANIFEST_
 from dicomstore.blobs.reader import CACHE_BYTES, ChunkReader
 from dicomstore.blobs.versions import Versions
 from dicomstore.catalogue.index import Catalogue
-from dicomstore.errors import NotDicomError, NotStoredError, NoThumbnailError, SearchError
+from dicomstore.errors import NotDicomError, NoThumbnailError, NotStoredError, SearchError
 from dicomstore.imaging import describing, thumbnail
 from dicomstore.keys import checked_path, path_of, shown_path
 from dicomstore.loading import Load, Loader, walk

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-import warnings
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -201,9 +200,7 @@ class Viewing:
                     stored = frames.stored(one.frame, fetched)
                     plan.put(array, n, frames.decode(one.frame, stored))
 
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # they quote values, which may be a patient's
-                    list(pool.map(put, coded))
+                list(pool.map(put, coded))
         return plan.volume(array)
 
 

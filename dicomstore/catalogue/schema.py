@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from pydicom import datadict
 
 from dicomstore.errors import NotIndexedError, SearchError
-from dicomstore.imaging import header, slide, thumbnail
+from dicomstore.imaging import header, slide, thumbnail, values
 from dicomstore.keys import DOCUMENT_PREFIX
 
 #: The alias of the index that answers. On Redis 7.4 an index name counts as a key for ACLs, hence
@@ -88,9 +88,9 @@ def header_field(keyword: str) -> list[str]:
     vrs = datadict.dictionary_VR(tag).split(" or ")
     if "SQ" in vrs:
         raise ValueError(f"{keyword} is a sequence; only plain attributes can be indexed.")
-    if not header.BULK_VRS.isdisjoint(vrs):
+    if not values.BULK_VRS.isdisjoint(vrs):
         raise ValueError(f"{keyword} is bulk data, which is not in the document.")
-    kind = "TAG" if header.NUMBER_VRS.isdisjoint(vrs) else "NUMERIC"
+    kind = "TAG" if values.NUMBER_VRS.isdisjoint(vrs) else "NUMERIC"
     return _field(f"$.header.{keyword}", keyword, kind, sortable=False)
 
 

@@ -29,7 +29,7 @@ from pydicom.uid import (
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_32
 
 from dicomstore.errors import FrameError
-from dicomstore.imaging import header
+from dicomstore.imaging import header, values
 
 #: No more data elements and items are stepped over than this, nor more fragments counted.
 ELEMENTS_LIMIT = 4_000_000
@@ -85,7 +85,7 @@ def locate(
     file : binary file, seekable
         Its position is not kept.
     members : mapping
-        What :func:`header.describe` says of it.
+        What :func:`header.searchable` says of it.
 
     Returns
     -------
@@ -116,8 +116,7 @@ class _Pixels(NamedTuple):
 def _located(
     file: BinaryIO, attributes: Mapping[str, Any]
 ) -> tuple[dict[str, Any] | None, bytes | None]:
-    with header.quietly():
-        syntax = header.dataset_syntax(file)
+    syntax = header.dataset_syntax(file)
     if syntax == DeflatedExplicitVRLittleEndian:
         return ({"fault": "its data set is deflated"} if "Rows" in attributes else None), None
     pixels = _pixels(file, ">" if syntax == ExplicitVRBigEndian else "<")
@@ -433,7 +432,7 @@ class Frames:
             source = b"".join((EMPTY_TABLE, ITEM, struct.pack("<L", len(stored)), stored))
         try:
             decoded, _ = get_decoder(syntax).as_array(source, index=0, **options)
-        except (*header.UNREADABLE, MemoryError) as error:
+        except (*values.UNREADABLE, MemoryError) as error:
             reason = " ".join(str(error).split())[:LONGEST_REASON].rstrip(".")
             raise FrameError(f"Frame {k} of {self.name} cannot be decoded: {reason}.") from error
         return decoded

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 
-from dicomstore.imaging import header, rendering
+from dicomstore.imaging import header, rendering, values
 
 #: Rows and columns of a thumbnail. Its 64 small integers take 0.6 kB in RedisJSON. 121 would take
 #: 1.5 kB and find no more images of the same series; nor does it help to remove mean and contrast.
@@ -33,7 +33,7 @@ def of_file(file: BinaryIO, members: Mapping[str, Any]) -> list[int] | None:
     file : binary file, seekable
         Its position changes.
     members : mapping
-        What :func:`header.describe` says of it.
+        As :func:`header.searchable` returns them.
 
     Returns
     -------
@@ -48,7 +48,7 @@ def of_file(file: BinaryIO, members: Mapping[str, Any]) -> list[int] | None:
         frames = int(attributes.get("NumberOfFrames", 1))
         if not 0 < bits <= 8 * FRAME_LIMIT:
             return None
-        with header.quietly():
+        with values.quietly():
             syntax = header.dataset_syntax(file)
             if syntax == DeflatedExplicitVRLittleEndian:
                 file, syntax = _inflated(file), ExplicitVRLittleEndian
@@ -56,7 +56,7 @@ def of_file(file: BinaryIO, members: Mapping[str, Any]) -> list[int] | None:
             bounded = cast(BinaryIO, header.Bounded(file, limit))
             image = rendering.render_file(bounded, frames // 2, syntax, longest=LONGEST_SIDE)
         return of_array(image)
-    except header.UNREADABLE:
+    except values.UNREADABLE:
         return None
 
 
