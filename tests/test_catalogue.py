@@ -8,11 +8,13 @@ import threading
 import time
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from redis import ResponseError
 
 from dicomstore.catalogue.alias import LEASE, UNFINISHED
-from dicomstore.catalogue.index import FIND_COLUMNS, Catalogue
-from dicomstore.catalogue.query import not_, words
+from dicomstore.catalogue.index import CARRIED, FIND_COLUMNS, Catalogue
+from dicomstore.catalogue.query import containing, not_, words
 from dicomstore.errors import NotIndexedError, SearchError, ServerError
 from dicomstore.server.connection import Server, connect
 
@@ -330,11 +332,11 @@ def test_members_are_carried(client, catalogue):
 
 
 def test_members_are_carried_beyond_a_page(client, catalogue):
-    """Also where an answer has more than one page."""
+    """Where an answer has more than one page, they are carried for its first rows as well."""
     fill(client, 10_001, size=5)
     table, carried = catalogue.find(carry=("size",))
-    assert len(table) == len(carried) == 10_001
-    assert carried[-1] == ("file:010000", {"size": 5})
+    assert len(table) == 10_001
+    assert carried == [(key, {"size": 5}) for key in table["key"][:CARRIED]]
 
 
 def test_negated_words_are_taken_as_written(client, catalogue):
@@ -351,3 +353,43 @@ def test_negated_words_are_taken_as_written(client, catalogue):
     assert found(words("brain")) == found(words("BRAINS")) == "abd"
     assert found(not_(words("brain"))) == "bce" and found(not_(words("brains"))) == "acde"
     assert found(not_(words("bra*"))) == "ce" and found(not_(words("brain liver"))) == "abce"
+
+
+LETTERS = st.text("aBcX09 ^,-.*$|{}()'\"\\@:;%~äÖÜ日本éÉ\t/=<>[]&?!_+#", min_size=2, max_size=12)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(LETTERS, LETTERS, st.integers(0, 10), st.integers(2, 12), st.booleans())
+def test_parts_in_any_case(client, catalogue, text, foreign, start, length, own):
+    """A part of a text is found in any case, whatever characters it has, and nothing else is."""
+    client.execute_command("JSON.SET", "file:x", "$", json.dumps({"patientID": text}))
+    part = text[start : start + length] if own else foreign
+    for written in (part, part.lower(), part.upper()):
+        if len(part) > 1 and sum(letter in "äÖÜéÉ" for letter in part) <= 6:
+            found = catalogue.keys_of(patientID=containing(written))
+            assert found == (["file:x"] if part.lower() in text.lower() else [])
+
+
+def test_parts_and_other_conditions(client, catalogue):
+    """A part can be negated, be one of several and meet other conditions; some are refused."""
+    for number, name in enumerate(["Thorax nativ", "Abdomen", "thorax KM"]):
+        fill(client, 1, first=number, studyDescription=name)
+    fill(client, 1, first=3)
+
+    def found(**conditions):
+        return [int(key.removeprefix("file:")) for key in catalogue.keys_of(**conditions)]
+
+    thorax = containing("THORAX")
+    assert found(studyDescription=thorax) == [0, 2]
+    assert found(studyDescription=thorax, rows=(1, None)) == [2]
+    assert found(studyDescription=not_(thorax)) == [1, 3]
+    assert found(studyDescription=[containing("km"), "Abdomen"]) == [1, 2]
+    for field, text in (
+        ("studyDescription", "a"),
+        ("studyDescription", ""),
+        ("studyDescription", "äöüäöüä"),
+        ("modality", "CT"),
+        ("rows", "12"),
+    ):
+        with pytest.raises(ValueError, match=r"parts|letters"):
+            catalogue.keys_of(**{field: containing(text)})

@@ -14,6 +14,7 @@ from pydicom import datadict
 from samples import PREAMBLE, dicom, element
 
 from dicomstore import DicomStore, connect, not_, words
+from dicomstore.catalogue.query import containing
 from dicomstore.catalogue.schema import WORD_FIELDS
 from dicomstore.errors import NotIndexedError, SearchError, SearchTimeoutError
 from dicomstore.imaging import header
@@ -210,6 +211,7 @@ def test_prefixes_are_complete_or_refused(tmp_path, monkeypatch):
         for search in (
             lambda: store.find(studyDescription=words("bra*")),
             lambda: store.find("@patientID:{p*}"),
+            lambda: store.find(patientID=containing("p2")),
             lambda: store.count_by("modality", query="@studyDescriptionWords:bra*"),
         ):
             with pytest.raises(SearchError, match=r"at most 200.*MAXEXPANSIONS"):

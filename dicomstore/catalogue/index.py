@@ -34,6 +34,8 @@ FIND_COLUMNS = (
     "numberOfFrames",
 )
 SIMILAR_COLUMNS = ("imageName", "modality", "bodyPartExamined", "seriesDescription")
+#: For more rows than this, to carry members costs more than it may save.
+CARRIED = 1000
 #: Members of a document that are text; the others that can be carried are numbers or lists.
 TEXT_MEMBERS = frozenset(["imageName", "version", "blake3"])
 
@@ -139,7 +141,8 @@ class Catalogue:
         table : pandas.DataFrame
             One row for every file, in order of its path: ``path``, ``key`` and the columns.
         carried : list of (str, dict)
-            For every row its key, and those members of `carry` that the document has.
+            For each of the first ``CARRIED`` rows its key, and those members of `carry` that the
+            document has.
 
         Raises
         ------
@@ -172,7 +175,8 @@ class Catalogue:
         found.sort(key=lambda hit: hit[0])
         if order:
             found = answers.ordered(found, order, index.fields[order], descending=descending)
-        carried = [(key, _members(carry, values)) for key, values in found] if carry else []
+        with_members = found[:CARRIED] if carry else []
+        carried = [(key, _members(carry, values)) for key, values in with_members]
         return answers.table(found, fields, index.fields), carried
 
     def keys_of(self, query: str = "", **conditions: Any) -> list[str]:
@@ -338,8 +342,10 @@ def _shown(index: Index, columns: Sequence[str]) -> dict[str, str]:
 
 def _members(names: Sequence[str], values: Mapping[bytes, bytes]) -> dict[str, Any]:
     found = {name: values.get(f"$.{name}".encode()) for name in names}
-    return {
-        name: value.decode() if name in TEXT_MEMBERS else json.loads(value)
-        for name, value in found.items()
-        if value is not None
-    }
+    return {name: _member(name, text) for name, text in found.items() if text is not None}
+
+
+def _member(name: str, text: bytes) -> Any:
+    if name in TEXT_MEMBERS:
+        return text.decode()
+    return int(text) if text.isdigit() else json.loads(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import calendar
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,10 +13,19 @@ from numbers import Real
 from types import EllipsisType
 from typing import Any, NamedTuple
 
-from dicomstore.catalogue.schema import DATE_FIELDS, WORD_FIELDS, WORDS, Index
+from dicomstore.catalogue.schema import (
+    ANY_CASE,
+    DATE_FIELDS,
+    PART_FIELDS,
+    WORD_FIELDS,
+    WORDS,
+    Index,
+)
 
 #: Servers expand a prefix of two letters at least, unless told otherwise.
 SHORTEST_PREFIX = 2
+#: So many spellings of a text that has letters beyond ASCII are searched for at most.
+MOST_SPELLINGS = 64
 #: A TEXT field is cut into words at white space and at this; control characters and backslashes
 #: are left out of a word.
 _SEPARATORS = re.compile(r"[\s!\"#$%&'()*+,\-./:;<=>?@\[\]^`{|}~]+")
@@ -28,6 +38,16 @@ class words:
     A word also finds its other forms (contrasts, contrasted), except within :class:`not_`; with
     ``*`` it is the beginning of a word. For `protocolName`, `studyDescription`, `seriesDescription`
     and `bodyPartExamined`.
+    """
+
+    text: str
+
+
+@dataclass(frozen=True)
+class containing:
+    """A condition: this text anywhere in the field, in any case, as ``"smi"`` for SMITH^JOHN.
+
+    For the fields of ``PART_FIELDS``; at least two letters.
     """
 
     text: str
@@ -63,8 +83,8 @@ def build_query(query: str, conditions: Mapping[str, Any], index: Index) -> Quer
     return Query(
         " ".join(clauses) or "*",
         ["PARAMS", str(len(flat)), *flat] if flat else [],
-        builder.expands or raw,
-        raw,
+        builder.expands or builder.expands_values or raw,
+        builder.expands_values or raw,
     )
 
 
@@ -73,6 +93,7 @@ class _Builder:
         self._index = index
         self.parameters: dict[str, str] = {}
         self.expands = False
+        self.expands_values = False
 
     def _parameter(self, value: str) -> str:
         name = f"p{len(self.parameters)}"
@@ -84,6 +105,8 @@ class _Builder:
             return f"-({self.clause(name, wanted.condition)})"
         if isinstance(wanted, words):
             return self._words(name, wanted.text)
+        if isinstance(wanted, containing):
+            return self._part(name, wanted.text)
         if wanted is None:
             return f"ismissing(@{name})"
         if isinstance(wanted, EllipsisType):
@@ -130,6 +153,20 @@ class _Builder:
             raise ValueError(f"{name}: {text!r} has no word in it.")
         return f"@{name}{WORDS}:({' '.join(wanted)})"
 
+    def _part(self, name: str, text: str) -> str:
+        if name not in PART_FIELDS:
+            raise ValueError(f"{name} cannot be searched by parts; {', '.join(PART_FIELDS)} can.")
+        part = _tag(name, text)
+        if len(part) < SHORTEST_PREFIX:
+            raise ValueError(f"{name}: give at least {SHORTEST_PREFIX} letters of it.")
+        self.expands_values = True
+        # The engine folds the case of ASCII letters only.
+        cases = [[c] if c.isascii() else sorted({c, *_other_case(c)}) for c in part]
+        if math.prod(map(len, cases)) > MOST_SPELLINGS:
+            raise ValueError(f"{name}: {text!r} has too many letters with accents; give fewer.")
+        spellings = ["".join(letters) for letters in itertools.product(*cases)]
+        return f"@{name}{ANY_CASE}:{{{'|'.join(f'*{self._parameter(s)}*' for s in spellings)}}}"
+
     def _word(self, name: str, word: str, *, prefix: bool) -> str:
         if prefix and len(word.encode()) < SHORTEST_PREFIX:
             raise ValueError(f"{word}*: give at least {SHORTEST_PREFIX} letters before the star.")
@@ -149,6 +186,10 @@ class _Builder:
 
 def _word(text: str) -> str:
     return "".join(letter for letter in text if letter > "\x1f" and letter not in "\x7f\\")
+
+
+def _other_case(letter: str) -> set[str]:
+    return {other for other in (letter.lower(), letter.upper()) if len(other) == 1}
 
 
 def _tag(name: str, value: Any) -> str:

@@ -41,6 +41,22 @@ DATE_FIELDS = {"studyDate"}
 #: Fields whose words can be searched; their TEXT twins in the index have this ending.
 WORD_FIELDS = ("protocolName", "studyDescription", "seriesDescription", "bodyPartExamined")
 WORDS = "Words"
+#: Fields that can be searched for a part of their text in any case. Their second TAG fields have
+#: this ending and take 13 bytes each a document; with suffix tries it were 70, and hardly quicker.
+PART_FIELDS = tuple(
+    name
+    for name in (
+        "patientName",
+        "patientID",
+        "accessionNumber",
+        "studyID",
+        "studyDescription",
+        "seriesDescription",
+        "protocolName",
+    )
+    if name in header.FIELDS
+)
+ANY_CASE = "AnyCase"
 THUMBNAIL = "thumbnail"
 
 Schema = Mapping[str, Sequence[str]]
@@ -53,6 +69,8 @@ def _schema() -> dict[str, list[str]]:
     }
     for name in WORD_FIELDS:
         schema[name + WORDS] = [f"$.{name}", "AS", name + WORDS, "TEXT"]
+    for name in PART_FIELDS:
+        schema[name + ANY_CASE] = [f"$.{name}", "AS", name + ANY_CASE, "TAG"]
     vector = ["TYPE", "FLOAT32", "DIM", str(thumbnail.DIMENSIONS), "DISTANCE_METRIC", "L2"]
     schema[THUMBNAIL] = [f"$.{THUMBNAIL}", "AS", THUMBNAIL, "VECTOR", "FLAT", "6", *vector]
     return schema
