@@ -1,12 +1,17 @@
 """DICOM files made for the tests."""
 
+import contextlib
 import hashlib
 import io
+import threading
 from pathlib import Path
 
+import pytest
 from pydicom import config
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+
+from dicomstore.blobs.versions import Versions
 
 PREAMBLE = b"\0" * 128 + b"DICM"
 
@@ -49,3 +54,26 @@ def sha256_of(folder):
         for file in root.rglob("*")
         if file.is_file()
     }
+
+
+@contextlib.contextmanager
+def before_commit(act):
+    """Call `act(manifest)` for every version whose chunks are sent, before it is committed.
+
+    What `act` itself stores does not count.
+    """
+    commit, acting = Versions.commit, threading.local()
+
+    def disturbed(self, writes):
+        if not getattr(acting, "now", False):
+            acting.now = True
+            try:
+                for write in writes:
+                    act(write.manifest)
+            finally:
+                acting.now = False
+        commit(self, writes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Versions, "commit", disturbed)
+        yield

@@ -17,11 +17,13 @@ import pytest
 import redis
 from blake3 import blake3
 from conftest import PYDICOM_DATA, PYDICOM_FILES
-from samples import PREAMBLE, dicom, element, sha256_of
+from pydicom.uid import CTImageStorage
+from samples import PREAMBLE, before_commit, dicom, element, sha256_of
 
-import dicomstore.store as store_module
-from dicomstore import DicomStore, connect
+from dicomstore import DicomStore, connect, loading
 from dicomstore.blobs import manifest
+from dicomstore.blobs.chunks import Chunks
+from dicomstore.blobs.versions import Versions
 from dicomstore.errors import (
     DicomRedisError,
     DifferentImageError,
@@ -31,6 +33,8 @@ from dicomstore.errors import (
     SearchError,
     ServerError,
 )
+from dicomstore.loading import Loader
+from dicomstore.server.connection import Server
 from dicomstore.server.embedded import RedisServer
 
 PUBLISHED_COUNTS = {
@@ -56,7 +60,9 @@ def assert_no_orphans(client):
     """Every key is a document or a chunk that one names, and no lease is left."""
     named = set()
     for key in client.scan_iter("file:*", count=10_000):
-        named |= set(document_of(client, key)["chunks"])
+        document = document_of(client, key)
+        version = f"chunk:{os.fsdecode(key)}:{document['version']}"
+        named |= {*document["chunks"], *(f"{version}:{name}" for name in document["attachments"])}
     assert chunk_keys(client) == named
 
 
@@ -108,9 +114,10 @@ def test_published_answers(store):
     assert len(store.read("JPGExtended.dcm")) == 9_844
     assert store.read("JPGExtended.dcm") == (PYDICOM_FILES / "JPGExtended.dcm").read_bytes()
     (found,) = store.find(protocolName="194", studyDate=("20190101", "20191231")).to_dict("records")
-    assert found["imageName"] == "J2K_pixelrep_mismatch.dcm" and found["size"] == 138_518
+    assert found["path"] == "test_files/J2K_pixelrep_mismatch.dcm"
+    assert len(store.read(found["key"])) == 138_518
     none = store.find(protocolName="194", studyDate=("20180101", "20181231"))
-    assert none.empty and {"path", "key", "imageName"} <= set(none.columns)
+    assert none.empty and list(none.columns) == list(found)
     counts = store.count_by("protocolName")
     assert counts.to_dict() == PUBLISHED_COUNTS
     assert list(counts.index) == list(PUBLISHED_COUNTS)
@@ -181,8 +188,8 @@ def test_a_file_that_is_gone_when_its_turn_comes(store, tmp_path, monkeypatch):
         (tmp_path / "a.dcm").unlink()
         return load(*arguments, **options)
 
-    load = store._load
-    monkeypatch.setattr(store, "_load", vanishing)
+    load = Loader.load
+    monkeypatch.setattr(Loader, "load", vanishing)
     rows = store.load(tmp_path).set_index("path")
     assert list(rows["status"]) == ["skipped", "loaded"]
     assert rows["reason"]["a.dcm"] == "No such file or directory" and rows["size"]["a.dcm"] == 0
@@ -256,7 +263,7 @@ def test_loading_again_repairs(store, client):
     client.delete(lost)
     with pytest.raises(MissingChunkError, match=re.escape(lost)):
         store.read("693_J2KI.dcm")
-    assert list(store.load(path)["status"]) == ["replaced"]
+    assert list(store.load(path)["status"]) == ["repaired"]
     assert store.read("693_J2KI.dcm") == path.read_bytes()
     assert_no_orphans(client)
 
@@ -285,7 +292,7 @@ def test_a_chunk_size_of_one_byte(client):
     store, image = DicomStore(client, chunk_size=1, progress=False), dicom()
     store.put("a", image)
     assert store.read("a") == image
-    assert client.dbsize() == 1 + len(image)
+    assert len(chunk_keys(client)) == len(image) + 1  # and its data set as JSON
 
 
 def test_another_image_under_the_same_path(store, client, tmp_path):
@@ -297,7 +304,7 @@ def test_another_image_under_the_same_path(store, client, tmp_path):
     row = row_of(store.load(tmp_path), "IM1")
     assert row["status"] == "skipped" and "SOP Instance UID" in row["reason"]
     assert store.read("IM1") == first
-    with pytest.raises(DifferentImageError, match="file:IM1"):
+    with pytest.raises(DifferentImageError, match="IM1"):
         store.put("IM1", second)
     assert row_of(store.load(tmp_path, under="cd2"), "cd2/IM1")["status"] == "loaded"
     assert row_of(store.load(tmp_path, replace=True), "IM1")["status"] == "replaced"
@@ -305,63 +312,51 @@ def test_another_image_under_the_same_path(store, client, tmp_path):
     assert_no_orphans(client)
 
 
-class WithHook(DicomStore):
-    """Calls `hook(manifest)` when the chunks are sent and the document is not yet committed."""
-
-    hook = None
-
-    def _send(self, manifest, file, sent):
-        digests = super()._send(manifest, file, sent)
-        if self.hook:
-            self.hook(manifest)
-        return digests
-
-
 @pytest.mark.parametrize("change", ["grown", "cut", "rewritten"])
 def test_a_file_that_changes_while_it_is_read_is_not_stored(client, tmp_path, monkeypatch, change):
     """A large file that changes under the load is skipped with that reason, leaving nothing."""
-    monkeypatch.setattr("dicomstore.blobs.manifest.BATCH_BYTES", 4000)
-    monkeypatch.setattr("dicomstore.blobs.manifest.BATCH_BYTES", 4000)
-    monkeypatch.setattr("dicomstore.loading.BATCH_BYTES", 4000)
     path = tmp_path / "a.dcm"
-    path.write_bytes(dicom(pixels=bytes(50_000)))
+    path.write_bytes(dicom(pixels=bytes(17 * 2**20)))
     os.utime(path, (1, 1))
+    send = Chunks.send
 
-    class Disturbed(DicomStore):
-        def _send(self, manifest, file, sent):
-            if change == "grown":
-                with path.open("ab") as other:
-                    other.write(b"more")
-            elif change == "cut":
-                os.truncate(path, 20_000)
-            else:
-                with path.open("r+b") as other:
-                    other.seek(30_000)
-                    other.write(b"other")
-            return super()._send(manifest, file, sent)
+    def disturbed(*arguments, **options):
+        if change == "grown":
+            with path.open("ab") as other:
+                other.write(b"more")
+        elif change == "cut":
+            os.truncate(path, 20_000)
+        else:
+            with path.open("r+b") as other:
+                other.seek(30_000)
+                other.write(b"other")
+        return send(*arguments, **options)
 
-    store = Disturbed(client, chunk_size=1000, progress=False)
-    row = row_of(store.load(tmp_path), "a.dcm")
+    monkeypatch.setattr(Chunks, "send", disturbed)
+    row = row_of(DicomStore(client, progress=False).load(tmp_path), "a.dcm")
     assert row["status"] == "skipped" and "changed while it was read" in row["reason"]
     assert client.dbsize() == 0
 
 
-@pytest.mark.parametrize("more", [b"more", None])
-def test_a_small_file_that_changes_between_stat_and_read(client, tmp_path, more):
-    """A small file whose length is another than the system just said is skipped as well."""
+@pytest.mark.parametrize("change", ["grown", "cut"])
+def test_a_file_that_changes_after_it_is_described(client, tmp_path, monkeypatch, change):
+    """A small file that changed since its header was read is skipped as well."""
     path = tmp_path / "a.dcm"
     path.write_bytes(dicom(pixels=bytes(5000)))
+    os.utime(path, (1, 1))
+    describe_all = loading.describe_all
 
-    class Disturbed(DicomStore):
-        def _store(self, *arguments, **options):
-            if more:
+    def disturbed(*arguments):
+        for answer in describe_all(*arguments):
+            if change == "grown":
                 with path.open("ab") as other:
-                    other.write(more)
+                    other.write(b"more")
             else:
                 os.truncate(path, 3000)
-            return super()._store(*arguments, **options)
+            yield answer
 
-    row = row_of(Disturbed(client, chunk_size=1000, progress=False).load(tmp_path), "a.dcm")
+    monkeypatch.setattr(loading, "describe_all", disturbed)
+    row = row_of(DicomStore(client, chunk_size=1000, progress=False).load(tmp_path), "a.dcm")
     assert row["status"] == "skipped" and "changed while it was read" in row["reason"]
     assert client.dbsize() == 0
 
@@ -424,7 +419,7 @@ def test_delete(store, client):
     store.put("a/CT_small.dcm", dicom())
     before = client.dbsize()
     store.delete("CT_small.dcm")
-    assert client.dbsize() == before - 2
+    assert client.dbsize() == before - 3  # the document, a chunk, and the data set as JSON
     assert_no_orphans(client)
     with pytest.raises(NotStoredError):
         store.delete("CT_small.dcm")
@@ -445,7 +440,8 @@ def test_keys_and_members_are_as_designed(client):
     plan = manifest.Manifest(key, version, len(image), 3000, manifest.plan_tail(len(image), 3000))
     expected = [f"chunk:{key}:{version}:{number}" for number in range(plan.count)]
     assert document["chunks"] == expected
-    assert {os.fsdecode(found) for found in client.scan_iter()} == {key, *expected}
+    data_set = f"chunk:{key}:{version}:json"
+    assert {os.fsdecode(found) for found in client.scan_iter()} == {key, *expected, data_set}
     assert client.type(key) == b"ReJSON-RL" and client.type(expected[0]) == b"string"
     pieces = [client.get(chunk) for chunk in expected]
     assert b"".join(pieces) == image
@@ -460,13 +456,16 @@ def test_keys_and_members_are_as_designed(client):
         "tail": [len(piece) for piece in pieces[3:]],
         "crc": [zlib.crc32(piece) for piece in pieces],
         "chunks": expected,
+        "folders": ["a b"],
+        "attachments": {"json": zlib.crc32(client.get(data_set))},
+        "frames": document["frames"],
         "protocolName": "Head and neck",
         "studyDate": 20190131,
+        "sopClassUID": CTImageStorage,
         "sopInstanceUID": "1.2.3.4",
         "transferSyntaxUID": "1.2.840.10008.1.2.1",
     }
     assert client.ttl(key) == -1
-    assert client.execute_command("FT._LIST") in ([b"file:idx"], {b"file:idx"})
 
 
 def test_a_file_may_be_named_like_the_index(store):
@@ -482,8 +481,9 @@ def test_a_file_may_be_named_like_the_index(store):
 def test_a_document_that_the_index_drops_is_reported(store, client, tmp_path):
     """If someone altered the index so that it drops documents, the report names the files."""
     store.find()
+    index = client.execute_command("FT.INFO", "file:idx")[b"index_name"]
     client.execute_command(
-        "FT.ALTER", "file:idx", "SCHEMA", "ADD", "$.protocolName", "AS", "n", "NUMERIC"
+        "FT.ALTER", index, "SCHEMA", "ADD", "$.protocolName", "AS", "n", "NUMERIC"
     )
     (tmp_path / "good").write_bytes(dicom())
     (tmp_path / "dropped").write_bytes(dicom(ProtocolName="text"))
@@ -494,26 +494,6 @@ def test_a_document_that_the_index_drops_is_reported(store, client, tmp_path):
         assert "no search finds it" in rows["reason"]["dropped"]
     with pytest.raises(SearchError, match="no search finds it"):
         store.put("dropped too", dicom(ProtocolName="text"))
-
-
-def test_the_index_made_over_stored_files_is_waited_for(store, client, tmp_path):
-    """When the index has to be built over what is there, load and find wait for it."""
-    for number in range(3000):
-        client.execute_command("JSON.SET", f"file:{number}", "$", json.dumps({"imageName": "x"}))
-    (tmp_path / "a.dcm").write_bytes(dicom())
-    assert list(store.load(tmp_path)["status"]) == ["loaded"]
-    assert len(store.find()) == 3001
-    client.execute_command("FT.DROPINDEX", "file:idx")
-    assert len(DicomStore(client, progress=False).find(imageName="x")) == 3000
-
-
-def test_a_dropped_index_is_told_and_made_again(store, client):
-    """A search without index is an error that says what to do, and doing it works."""
-    store.put("a", dicom())
-    client.execute_command("FT.DROPINDEX", "file:idx")
-    with pytest.raises(SearchError, match="Search again"):
-        store.find()
-    assert len(store.find()) == 1
 
 
 def test_two_make_the_index_at_once(server, client):
@@ -539,16 +519,6 @@ def test_two_make_the_index_at_once(server, client):
             thread.join()
         assert failures == []
         assert len(DicomStore(client).find()) == 8
-
-
-def test_more_files_than_one_answer_holds(store, monkeypatch):
-    """Answers longer than a page are complete, and the same as in one page."""
-    store.load(PYDICOM_FILES)
-    whole, counts = store.find(), store.count_by("sopInstanceUID")
-    assert len(whole) > 160 and len(counts) > 100
-    monkeypatch.setattr("dicomstore.store.SEARCH_PAGE", 7)
-    pd.testing.assert_frame_equal(store.find(), whole)
-    pd.testing.assert_series_equal(store.count_by("sopInstanceUID"), counts)
 
 
 def test_conditions(store):
@@ -607,7 +577,10 @@ def test_foreign_keys_stay_untouched(store, client, tmp_path):
     shutil.copy(PYDICOM_FILES / "CT_small.dcm", folder / "taken.dcm")
     report = store.load(folder)
     row = row_of(report, "taken.dcm")
-    assert row["status"] == "skipped" and "file:taken.dcm holds something else" in row["reason"]
+    assert (
+        row["status"] == "skipped"
+        and "file:taken.dcm holds something that is not a document" in row["reason"]
+    )
     assert row_of(report, "CT_small.dcm")["status"] == "loaded"
     store.load(folder, replace=True)
     assert list(store.find()["path"]) == ["CT_small.dcm"]
@@ -641,20 +614,49 @@ def test_reading_by_path_takes_two_commands(client):
     client.config_resetstat()
     assert store.read("x/a.dcm") == image
     assert commands(client) == {"json.get": 1, "mget": 1}
+    store.find()
     client.config_resetstat()
     assert store.read("a.dcm") == image
-    assert commands(client) == {"json.get": 2, "ft.info": 1, "ft.search": 1, "mget": 1}
+    assert commands(client) == {"json.get": 2, "ft.search": 1, "mget": 1}
 
 
-def test_searching_takes_two_commands_in_one_round_trip(store, client):
-    """`find` is one FT.INFO and one FT.SEARCH; `count_by` the same with FT.AGGREGATE."""
+def test_a_file_that_was_read_or_found_takes_one_round_trip(client):
+    """Its document's version comes with the chunks, in one pipeline; the server counts."""
+    store = DicomStore(client, chunk_size=1000, progress=False)
+    image = dicom(pixels=bytes(100_000), ProtocolName="194")
+    store.put("x/a.dcm", image)
+    fresh = DicomStore(client, progress=False)
+    fresh.find()
+    client.config_resetstat()
+    found = fresh.find(protocolName="194")
+    assert fresh.read(found.iloc[0]) == image
+    assert commands(client) == {"ft.search": 1, "json.get": 1, "mget": 1}
+    reads = client.info("stats")["total_reads_processed"]
+    assert fresh.read("x/a.dcm") == image
+    assert client.info("stats")["total_reads_processed"] == reads + 2  # and this INFO
+
+
+def test_many_files_take_as_many_commands_as_one(store, client):
+    """Documents come in one request, and the chunks of all files together."""
     store.load(PYDICOM_FILES / "dicomdirtests")
+    table = store.find()
+    client.config_resetstat()
+    many = store.read_many(table)
+    assert commands(client) == {"json.get": len(table), "mget": 1}
+    assert list(many) == list(table["key"])
+    assert all(content == store.read(key) for key, content in many.items())
+
+
+def test_searching_takes_one_command(store, client):
+    """`find` is one FT.SEARCH and `count_by` one FT.AGGREGATE; nothing is asked twice."""
+    store.load(PYDICOM_FILES / "dicomdirtests")
+    store.find()
     client.config_resetstat()
     assert len(store.find(modality="CT"))
-    assert commands(client) == {"ft.info": 1, "ft.search": 1}
+    assert commands(client) == {"ft.search": 1}
     client.config_resetstat()
     assert len(store.count_by("modality"))
-    assert commands(client) == {"ft.info": 1, "ft.aggregate": 1}
+    assert commands(client) == {"ft.aggregate": 1}
 
 
 def test_no_command_a_chunk_except_the_sets(client, tmp_path):
@@ -666,8 +668,8 @@ def test_no_command_a_chunk_except_the_sets(client, tmp_path):
     client.config_resetstat()
     store.load(folder)
     sent = commands(client)
-    assert sent.pop("set") == 501 + 1  # and the lease
-    assert max(sent.values()) <= 4
+    assert sent.pop("set") <= 501 + 5  # and the leases, and the data set as JSON
+    assert max(sent.values()) <= 6
     # Pipelined: the server reads from its sockets far less often than once a chunk.
     assert client.info("stats")["total_reads_processed"] < 150
     for action in (
@@ -678,7 +680,7 @@ def test_no_command_a_chunk_except_the_sets(client, tmp_path):
     ):
         client.config_resetstat()
         action()
-        assert max(commands(client).values()) <= 4
+        assert max(commands(client).values()) <= 6
 
 
 # --- the lease, the commit, races ----------------------------------------------------------------
@@ -686,27 +688,23 @@ def test_no_command_a_chunk_except_the_sets(client, tmp_path):
 
 def test_the_lease_lasts_as_long_as_the_load(client):
     """While chunks are sent, the lease of this version has a time to live of at most 5 s."""
-    store, seen = WithHook(client, progress=False), []
+    store, seen = DicomStore(client, progress=False), []
 
     def look(manifest):
         assert manifest.lease == f"chunk:{{file:a}}:{manifest.version}"
         seen.append((client.type(manifest.lease), client.pttl(manifest.lease)))
 
-    store.hook = look
-    store.put("a", dicom())
+    with before_commit(look):
+        store.put("a", dicom())
     ((kind, ttl),) = seen
     assert kind == b"string" and 0 < ttl <= 5000
     assert_no_orphans(client)
 
 
-@pytest.mark.parametrize("forked", [False, True])
-def test_the_lease_is_renewed(client, monkeypatch, forked):
-    """A load that takes longer than a lease keeps it, also after a time without any load.
-
-    After a fork as well, which leaves of the thread that renews leases only its object.
-    """
+def test_the_lease_is_renewed(client, monkeypatch):
+    """A load that takes longer than a lease keeps it, also after a time without any load."""
     monkeypatch.setattr("dicomstore.blobs.versions.LEASE_MS", 300)
-    store, versions = WithHook(client, progress=False), []
+    store, versions = DicomStore(client, progress=False), []
 
     def linger(manifest):
         versions.append(manifest.version)
@@ -719,18 +717,31 @@ def test_the_lease_is_renewed(client, monkeypatch, forked):
     store.put("idle", dicom())
     while any(thread.name == "leases" for thread in threading.enumerate()):
         threading.Event().wait(0.01)
-    if forked:
-        store._leases._renewer = threading.Thread()
-        store._leases._renewer.start()
-        store._leases._renewer.join()
-    store.hook = linger
-    store.put("a", dicom())
+    with before_commit(linger):
+        store.put("a", dicom())
     assert len(versions) == 1 and document_of(client, "file:a")["version"] == versions[0]
+
+
+def test_a_fork_renews_its_own_leases(server, client, monkeypatch):
+    """A process that is forked during a load has no thread that renews leases, and starts one."""
+    monkeypatch.setattr("dicomstore.blobs.versions.LEASE_MS", 1000)
+    store, ended = DicomStore(client, progress=False), []
+
+    def fork(manifest):
+        if (child := os.fork()) == 0:
+            with before_commit(lambda manifest: threading.Event().wait(2)):
+                store.put("child", dicom())
+            os._exit(0 if client.exists("file:child") else 1)
+        ended.append(os.waitpid(child, 0)[1])
+
+    with before_commit(fork):
+        store.put("a", dicom())
+    assert ended == [0] and store.read("child") == store.read("a") == dicom()
 
 
 def test_a_lost_lease_starts_the_load_again(client):
     """If the lease is gone at the commit, nothing is committed; a new version is."""
-    store, versions = WithHook(client, progress=False), []
+    store, versions = DicomStore(client, progress=False), []
 
     def lose(manifest):
         versions.append(manifest.version)
@@ -738,9 +749,9 @@ def test_a_lost_lease_starts_the_load_again(client):
             client.delete(manifest.lease)
             client.delete(manifest.chunk_key(0))  # a sweeper may have taken chunks as well
 
-    store.hook = lose
     image = dicom()
-    store.put("a", image)
+    with before_commit(lose):
+        store.put("a", image)
     assert len(set(versions)) == 3
     assert document_of(client, "file:a")["version"] == versions[-1]
     assert store.read("a") == image
@@ -749,9 +760,9 @@ def test_a_lost_lease_starts_the_load_again(client):
 
 def test_a_lease_that_never_lasts_ends_the_load(client):
     """A load whose lease always lapses gives up with a sentence, and leaves nothing."""
-    store = WithHook(client, progress=False)
-    store.hook = lambda manifest: client.delete(manifest.lease)
-    with pytest.raises(ServerError, match="file:a could not be stored: its lease"):
+    store = DicomStore(client, progress=False)
+    losing = before_commit(lambda manifest: client.delete(manifest.lease))
+    with losing, pytest.raises(ServerError, match="file:a could not be stored: its lease"):
         store.put("a", dicom())
     assert client.dbsize() == 0
 
@@ -760,10 +771,10 @@ def test_a_lease_that_never_lasts_ends_the_load(client):
 def test_the_loser_of_a_race_cleans_up(client, tmp_path, same):
     """Another loader commits first: the same bytes stay as they are, others are replaced."""
     first, second = dicom(Rows=1), dicom(Rows=1 if same else 2)
-    other, store = DicomStore(client, progress=False), WithHook(client, progress=False)
-    store.hook = lambda manifest: other.put("a", first)
+    other, store = DicomStore(client, progress=False), DicomStore(client, progress=False)
     (tmp_path / "a").write_bytes(second)
-    row = row_of(store.load(tmp_path), "a")
+    with before_commit(lambda manifest: other.put("a", first)):
+        row = row_of(store.load(tmp_path), "a")
     assert row["status"] == ("unchanged" if same else "replaced")
     assert store.read("a") == second
     assert_no_orphans(client)
@@ -771,47 +782,55 @@ def test_the_loser_of_a_race_cleans_up(client, tmp_path, same):
 
 def test_a_race_with_another_image(client):
     """Another image that takes the path during the load is not overwritten."""
-    other, store = DicomStore(client, progress=False), WithHook(client, progress=False)
+    other, store = DicomStore(client, progress=False), DicomStore(client, progress=False)
     image = dicom(SOPInstanceUID="1.2.3")
-    store.hook = lambda manifest: other.put("a", image)
-    with pytest.raises(DifferentImageError):
+    racing = before_commit(lambda manifest: other.put("a", image))
+    with racing, pytest.raises(DifferentImageError):
         store.put("a", dicom(SOPInstanceUID="1.2.4"))
     assert store.read("a") == image
     assert_no_orphans(client)
 
 
-def test_a_race_at_the_very_commit(client):
+def test_a_race_at_the_very_commit(client, monkeypatch):
     """A document that changes between the last look and the commit is looked at again."""
     other, contested = DicomStore(client, progress=False), []
+    transaction = Server.transaction
 
-    class Contested(DicomStore):
-        def _current(self, key, client=None):
-            current = super()._current(key, client)
-            if client is not None and not contested:  # within the commit
+    def racing(self, keys, body):
+        def and_then(pipe):
+            result = body(pipe)
+            if not contested:
+                contested.append("now")
                 contested.append(other.put("a", dicom(Rows=1)))
-            return current
+            return result
 
-    store, image = Contested(client, progress=False), dicom(Rows=2)
+        return transaction(self, keys, and_then)
+
+    store, image = DicomStore(client, progress=False), dicom(Rows=2)
+    monkeypatch.setattr(Server, "transaction", racing)
     store.put("a", image)
-    assert contested == ["file:a"] and store.read("a") == image
+    assert contested == ["now", "file:a"] and store.read("a") == image
     assert_no_orphans(client)
 
 
 @pytest.mark.parametrize("lost", ["the reply", "the connection"])
-def test_a_commit_whose_outcome_is_not_known(client, lost):
+def test_a_commit_whose_outcome_is_not_known(client, monkeypatch, lost):
     """A commit that happened though its reply was lost is found out; its chunks are not deleted."""
+    commit = Versions.commit
 
-    class Unsure(DicomStore):
-        def _commit(self, *arguments):
-            assert super()._commit(*arguments) == "loaded"
-            if lost == "the connection":
-                raise redis.ConnectionError("lost")
+    def unsure(self, writes):
+        commit(self, writes)
+        assert writes[0].outcome == "loaded"
+        writes[0].outcome = None
+        if lost == "the connection":
+            raise ServerError("lost")
 
-    store, image = Unsure(client, progress=False), dicom()
+    monkeypatch.setattr(Versions, "commit", unsure)
+    store, image = DicomStore(client, progress=False), dicom()
     if lost == "the reply":
         store.put("a", image)
     else:
-        with pytest.raises(ServerError, match=r"file:a could not be stored: lost"):
+        with pytest.raises(ServerError, match=r"file:a could not be stored\. lost"):
             store.put("a", image)
     assert store.read("a") == image
     assert_no_orphans(client)
@@ -819,9 +838,9 @@ def test_a_commit_whose_outcome_is_not_known(client, lost):
 
 def test_a_race_with_a_foreign_key(client):
     """A foreign key that takes the place during the load stays, and no chunk is left."""
-    store = WithHook(client, progress=False)
-    store.hook = lambda manifest: client.hset("file:a", "x", "y")
-    with pytest.raises(DicomRedisError, match="something else"):
+    store = DicomStore(client, progress=False)
+    racing = before_commit(lambda manifest: client.hset("file:a", "x", "y"))
+    with racing, pytest.raises(DicomRedisError, match="something that is not a document"):
         store.put("a", dicom())
     assert client.keys() == [b"file:a"] and client.hgetall("file:a") == {b"x": b"y"}
 
@@ -853,19 +872,23 @@ def test_many_loaders_of_the_same_names(server, client, tmp_path):
         assert DicomStore(client, progress=False).verify()["status"].eq("ok").all()
 
 
-def test_a_reader_sees_the_old_or_the_new_version(server, client, monkeypatch):
+@pytest.mark.parametrize("large", [False, True])
+def test_a_reader_sees_the_old_or_the_new_version(server, client, large):
     """While two versions replace one another, every read gives one of them whole."""
-    monkeypatch.setattr("dicomstore.blobs.manifest.BATCH_BYTES", 2000)  # many MGETs a read
-    versions = [dicom(Rows=n, pixels=bytes([n]) * 9000) for n in (1, 2)]
-    store = DicomStore(client, chunk_size=1000, progress=False)
+    if large:  # over connections of their own
+        versions = [dicom(Rows=n, pixels=bytes([n]) * 17 * 2**20) for n in (1, 2)]
+    else:
+        versions = [dicom(Rows=n, pixels=bytes([n]) * 9000) for n in (1, 2)]
+    chunk_size, turns = (262_080, 12) if large else (1000, 120)
+    store = DicomStore(client, chunk_size=chunk_size, progress=False)
     store.put("a", versions[0])
     done, failures = threading.Event(), []
 
     def keep_replacing():
         own = connect(server.url)
-        writer = DicomStore(own, chunk_size=1000, progress=False)
+        writer = DicomStore(own, chunk_size=chunk_size, progress=False)
         try:
-            for turn in range(120):
+            for turn in range(turns):
                 writer.put("a", versions[(turn + 1) % 2])
         except Exception as error:
             failures.append(error)
@@ -876,7 +899,7 @@ def test_a_reader_sees_the_old_or_the_new_version(server, client, monkeypatch):
     thread = threading.Thread(target=keep_replacing)
     thread.start()
     seen = []
-    while not done.is_set() or len(seen) < 100:
+    while not done.is_set() or len(seen) < turns:
         seen.append(versions.index(store.read("a")))
     thread.join()
     assert failures == [] and set(seen) == {0, 1}
@@ -899,7 +922,7 @@ def test_a_full_server_keeps_the_old_version(tmp_path):
         (tmp_path / "b").write_bytes(dicom())
         with pytest.raises(ServerError, match=r"file:b.*maxmemory"):
             store.load(tmp_path)
-        assert client.dbsize() == 1 + len(document_of(client, "file:a")["chunks"])
+        assert not [key for key in client.scan_iter() if b"file:b" in key]
 
 
 def test_a_refused_document_leaves_no_chunk(client):
@@ -921,24 +944,23 @@ def test_a_refused_document_leaves_no_chunk(client):
 
 def test_an_interrupt_while_sending_leaves_nothing(client, monkeypatch):
     """Ctrl-C in the middle of the chunks takes back those sent, and the old version stays."""
-    monkeypatch.setattr("dicomstore.blobs.manifest.BATCH_BYTES", 4000)
-    old, new = dicom(), dicom(Rows=1, pixels=bytes(30_000))
-    DicomStore(client, chunk_size=1000, progress=False).put("a", old)
+    old, new = dicom(), dicom(Rows=1, pixels=bytes(30_000_000))
+    DicomStore(client, progress=False).put("a", old)
     sent_when_interrupted = []
+    send = Chunks.send
 
-    class Interrupted(DicomStore):
-        def _send(self, manifest, file, sent):
-            class File(io.BytesIO):
-                def readinto(self, view):
-                    if self.tell() > 15_000:
-                        sent_when_interrupted.append(len(chunk_keys(client)))
-                        raise KeyboardInterrupt
-                    return super().readinto(view)
+    def interrupted(self, manifest, read_into, *arguments, **options):
+        def read(view):
+            read_into(view)
+            if (sent := len(chunk_keys(client))) > 10:
+                sent_when_interrupted.append(sent)
+                raise KeyboardInterrupt
 
-            return super()._send(manifest, File(file.getvalue()), sent)
+        return send(self, manifest, read, *arguments, **options)
 
+    monkeypatch.setattr(Chunks, "send", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        Interrupted(client, chunk_size=1000, progress=False).put("a", new)
+        DicomStore(client, progress=False).put("a", new)
     assert sent_when_interrupted[0] > 10
     assert DicomStore(client, progress=False).read("a") == old
     assert_no_orphans(client)
@@ -950,8 +972,8 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-import dicomstore.store as store_module
-store = store_module.DicomStore(store_module.connect(sys.argv[2]), progress=False)
+import dicomstore
+store = dicomstore.DicomStore(dicomstore.connect(sys.argv[2]), progress=False)
 store.find()
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 before = peak()
@@ -972,7 +994,7 @@ def test_large_files_are_never_held_whole(server, client, tmp_path):
         head = PREAMBLE + element(0x00080016, "UI", b"1.2.840.10008.5.1.4.1.1.2\0")
         file.write(head + element(0x7FE00010, "OB", b"", length=size))
         file.truncate(len(head) + 12 + size)
-    project = str(Path(store_module.__file__).parents[1])
+    project = str(Path(loading.__file__).parents[1])
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, project, server.url, os.fspath(tmp_path)],
         capture_output=True, text=True, check=False,
