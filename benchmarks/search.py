@@ -37,7 +37,7 @@ from dicomstore.errors import NoThumbnailError  # noqa: E402
 from dicomstore.server.embedded import RedisServer  # noqa: E402
 from dicomstore.store import DicomStore, connect, words  # noqa: E402 - run in place, not installed
 
-SIZES = (1_000, 10_000, 100_000, 200_000)
+SIZES = (1_000, 10_000, 100_000, 200_000, 1_000_000)
 BATCH = 1000
 PUBLISHED_CHUNK = 5 * 1024
 TABLE = PROJECT / "benchmarks" / "search.md"
@@ -419,7 +419,7 @@ def draw(costs: Costs) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--largest", type=int, default=SIZES[-1], help="documents (200000)")
+    parser.add_argument("--largest", type=int, default=200_000, help="documents (200000)")
     parser.add_argument("--rounds", type=int, default=20, help="counted rounds a size (20)")
     arguments = parser.parse_args(argv)
     sizes = tuple(size for size in SIZES if size <= arguments.largest)
