@@ -8,6 +8,7 @@ Run it with `make bench-search`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import random
@@ -32,10 +33,11 @@ from reporting import machine
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from dicomstore import DicomStore, connect, words  # noqa: E402 - run in place, not installed
+from dicomstore.errors import NoThumbnailError  # noqa: E402
 from dicomstore.server.embedded import RedisServer  # noqa: E402
+from dicomstore import DicomStore, connect, words  # noqa: E402 - run in place, not installed
 
-SIZES = (1_000, 10_000, 100_000, 200_000)
+SIZES = (1_000, 10_000, 100_000, 200_000, 1_000_000)
 BATCH = 1000
 PUBLISHED_CHUNK = 5 * 1024
 TABLE = PROJECT / "benchmarks" / "search.md"
@@ -47,7 +49,7 @@ WORDS = ("with contrast", "without contrast", "axial", "follow-up", "screening",
 MAKERS = ("SIEMENS", "GE MEDICAL SYSTEMS", "PHILIPS MEDICAL SYSTEMS", "TOSHIBA", "CANON")
 
 
-def documents(first: int, last: int, *, descriptors: bool = True) -> Iterator[tuple[str, str]]:
+def documents(first: int, last: int, *, thumbnails: bool = True) -> Iterator[tuple[str, str]]:
     """Yield key and text of documents as loading makes them, without `header`.
 
     Ten to a series, five series to a study, two studies to a patient; modalities, protocols and
@@ -61,7 +63,7 @@ def documents(first: int, last: int, *, descriptors: bool = True) -> Iterator[tu
         key = f"file:archive/{patient:05}/{series:06}/IM{number % 10:06}.dcm"
         version = f"{number:012x}"
         document = {
-            "imageName": f"IM{number % 10:06}.dcm", "size": 526_400, "sha256": f"{number:064x}",
+            "imageName": f"IM{number % 10:06}.dcm", "size": 526_400, "blake3": f"{number:064x}",
             "version": version, "chunkSize": 262_080, "tail": [2240],
             "crc": [number * 2_654_435_761 % 2**32, number * 40_503 % 2**32, number],
             "chunks": [f"chunk:{key}:{version}:{n}" for n in range(3)],
@@ -77,16 +79,16 @@ def documents(first: int, last: int, *, descriptors: bool = True) -> Iterator[tu
             "bodyPartExamined": body_part, "rows": 512, "columns": 512, "numberOfFrames": 1,
             "transferSyntaxUID": "1.2.840.10008.1.2.1",
         }  # fmt: skip
-        if descriptors:
-            document["descriptor"] = [of_series.randrange(256) for _ in range(64)]
+        if thumbnails:
+            document["thumbnail"] = [of_series.randrange(256) for _ in range(64)]
         yield key, json.dumps(document)
 
 
-def fill(client: Any, first: int, last: int, *, descriptors: bool = True) -> float:
+def fill(client: Any, first: int, last: int, *, thumbnails: bool = True) -> float:
     """Store documents and return the seconds that Redis took, without the making of them."""
     taken = 0.0
     for start in range(first, last, BATCH):
-        batch = list(documents(start, min(start + BATCH, last), descriptors=descriptors))
+        batch = list(documents(start, min(start + BATCH, last), thumbnails=thumbnails))
         with client.pipeline(transaction=False) as pipe:
             for key, text in batch:
                 pipe.execute_command("JSON.SET", key, "$", text)
@@ -145,12 +147,12 @@ def scale(sizes: tuple[int, ...], rounds: int) -> tuple[Costs, dict[int, float]]
 def memory(documents_each: int = 20_000) -> dict[str, float]:
     """Return bytes of Redis memory for a document with its part of the index."""
     found = {}
-    for name, descriptors in (("without descriptor", False), ("with descriptor", True)):
+    for name, thumbnails in (("without thumbnail", False), ("with thumbnail", True)):
         with RedisServer() as server:
             client = connect(server.url)
             DicomStore(client, progress=False).find()
             before = client.info("memory")["used_memory"]
-            fill(client, 0, documents_each, descriptors=descriptors)
+            fill(client, 0, documents_each, thumbnails=thumbnails)
             found[name] = (client.info("memory")["used_memory"] - before) / documents_each
             client.close()
     return found
@@ -301,13 +303,13 @@ def likeness(root: Path) -> str:
         store.load(root)
         if spec is not None and spec.origin is not None:
             store.load(Path(spec.origin).parent / "data", under="pydicom-data")
-        rows = store.find().set_index("key")
-        described = [
-            key
-            for key in rows.index
-            if "descriptor" in (store._members(key, ("descriptor", "size")) or {})
-        ]
-        rows = rows.loc[described]
+        columns = ("modality", "bodyPartExamined", "seriesInstanceUID")
+        rows = store.find(columns=columns).set_index("key")
+        nearest = {}
+        for key in rows.index:
+            with contextlib.suppress(NoThumbnailError):
+                nearest[key] = store.similar(str(key), 1)["key"].iloc[0]
+        rows = rows.loc[list(nearest)]
         alike = others = 0
         for key, row in rows.iterrows():
             part = (rows["modality"] == row["modality"]) & (
@@ -316,10 +318,10 @@ def likeness(root: Path) -> str:
             same = (rows["seriesInstanceUID"] == row["seriesInstanceUID"]) | part
             if same.drop(key).any():
                 others += 1
-                alike += bool(same[store.similar(str(key), 1)["key"].iloc[0]])
+                alike += bool(same[nearest[key]])
         client.close()
     return (
-        f"Of {len(rows)} real images with a descriptor, {others} have another one of the same "
+        f"Of {len(rows)} real images with a thumbnail, {others} have another one of the same "
         f"series, or of the same body part and modality; for {alike} of these "
         f"({alike / others:.2f}) the nearest other image is such a one."
     )
@@ -417,7 +419,7 @@ def draw(costs: Costs) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--largest", type=int, default=SIZES[-1], help="documents (200000)")
+    parser.add_argument("--largest", type=int, default=200_000, help="documents (200000)")
     parser.add_argument("--rounds", type=int, default=20, help="counted rounds a size (20)")
     arguments = parser.parse_args(argv)
     sizes = tuple(size for size in SIZES if size <= arguments.largest)

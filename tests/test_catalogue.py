@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from redis import ResponseError
 
 from dicomstore.catalogue.alias import LEASE, UNFINISHED
+from dicomstore.catalogue.engine import refuse_partial
 from dicomstore.catalogue.index import CARRIED, FIND_COLUMNS, Catalogue
 from dicomstore.catalogue.query import containing, not_, words
-from dicomstore.errors import NotIndexedError, SearchError, ServerError
+from dicomstore.errors import NotIndexedError, SearchError, SearchTimeoutError, ServerError
 from dicomstore.server.connection import Server, connect
 
 #: What searching needs, beside the key patterns.
@@ -195,6 +196,7 @@ def test_builders_at_once(client, server):
 
 BUILD = """
 import sys
+from dicomstore.catalogue.engine import refuse_partial
 from dicomstore.catalogue.index import Catalogue
 from dicomstore.server.connection import Server, connect
 Catalogue(Server(connect(sys.argv[1]))).index_also("KVP")
@@ -393,3 +395,19 @@ def test_parts_and_other_conditions(client, catalogue):
     ):
         with pytest.raises(ValueError, match=r"parts|letters"):
             catalogue.keys_of(**{field: containing(text)})
+
+
+@pytest.mark.parametrize(
+    ("warning", "error", "sentence"),
+    [
+        (b"Timeout limit was reached", SearchTimeoutError, "did not finish"),
+        (b"Max prefix expansions limit was reached", SearchError, "MAXEXPANSIONS"),
+        (b"Something new", SearchError, "may be incomplete: Something new"),
+    ],
+)
+def test_warnings(warning, error, sentence):
+    """Each warning of the engine is an error of its own; one that is not known is quoted."""
+    with pytest.raises(error, match=sentence) as caught:
+        refuse_partial({b"results": [], b"warning": [warning]})
+    assert type(caught.value) is error
+    refuse_partial({b"results": [], b"warning": []})

@@ -17,7 +17,7 @@ from samples import dicom
 
 from dicomstore.errors import WorkerError
 from dicomstore.imaging import describing, header, thumbnail, values, worker
-from dicomstore.store import DicomStore
+from dicomstore import DicomStore
 
 
 def described(files, *, pixels):

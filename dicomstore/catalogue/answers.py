@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -126,8 +128,27 @@ def _path(key: str) -> str:
     return shown_path(path_of(key)) if "%" in key else key.removeprefix(DOCUMENT_PREFIX)
 
 
-def group_values(name: str, kind: str, reply: bytes | None, by: str | None) -> set[Any]:
-    """Return the values that a group of an aggregation counts for, {None} for the missing one."""
+def counts(
+    rows: Sequence[Mapping[bytes, bytes]],
+    fields: Sequence[str],
+    kinds: Mapping[str, str],
+    by: str | None,
+) -> Counter[tuple[Any, ...]]:
+    """Return how often each combination of the fields' values is counted in an aggregation.
+
+    A file whose attribute has several values counts once for each of them.
+    """
+    found: Counter[tuple[Any, ...]] = Counter()
+    for row in rows:
+        values = [
+            _group_values(field, kinds[field], row.get(field.encode()), by) for field in fields
+        ]
+        for combination in itertools.product(*values):
+            found[combination] += int(row[b"__count"])
+    return found
+
+
+def _group_values(name: str, kind: str, reply: bytes | None, by: str | None) -> set[Any]:
     if reply is None:
         return {None}
     values = values_of(name, kind, reply)

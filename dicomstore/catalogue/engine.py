@@ -82,7 +82,7 @@ class Engine:
         rows = [result[b"extra_attributes"] for result in reply[b"results"]]
         while cursor:
             reply, cursor = self._server.search_command("FT.CURSOR", "READ", index.name, cursor)
-            _refuse_partial(reply)
+            refuse_partial(reply)
             rows += [result[b"extra_attributes"] for result in reply[b"results"]]
         return rows
 
@@ -100,7 +100,7 @@ class Engine:
                 if isinstance(each, Exception):
                     raise each
             _refuse_unexpanded(query, info, most)
-        _refuse_partial(reply[0] if isinstance(reply, list) else reply)
+        refuse_partial(reply[0] if isinstance(reply, list) else reply)
         return reply
 
     def _most_expansions(self) -> float:
@@ -136,7 +136,7 @@ def _refused(error: RefusedError) -> Exception:
     return SearchError(f"The search engine refused the query: {error.reply}.")
 
 
-def _refuse_partial(reply: Mapping[bytes, Any]) -> None:
+def refuse_partial(reply: Mapping[bytes, Any]) -> None:
     """Raise if the engine warns that its answer is not complete."""
     for warning in reply.get(b"warning") or ():
         text = warning.decode(errors="replace")

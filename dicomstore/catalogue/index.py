@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -57,27 +55,11 @@ class Catalogue:
     # --- the index ---
 
     def ensure(self) -> None:
-        """Make the index if there is none, and wait until it is complete.
-
-        Raises
-        ------
-        ServerError
-            If there is none and this user may not make it, or the server has no search engine.
-        """
+        """Make the index if there is none, and wait until it is complete."""
         self._alias.ensure()
 
     def index_also(self, *keywords: str) -> pd.Series[int]:
-        """Add DICOM attributes to the index, over all that is stored, and wait until it is done.
-
-        Parameters
-        ----------
-        *keywords : str
-            From the DICOM dictionary (PS3.6), as ``"KVP"``.
-
-        Returns
-        -------
-        pandas.Series
-            How many stored files have each.
+        """Have an index with these DICOM attributes too; return how many documents have each.
 
         Raises
         ------
@@ -98,13 +80,7 @@ class Catalogue:
         return pd.Series(counts, index=list(keywords), name="files", dtype="int64")
 
     def drop_index(self) -> None:
-        """Drop the index; the documents stay, and the next search makes it again.
-
-        Raises
-        ------
-        ServerError
-            If this Redis user may not drop it.
-        """
+        """Drop the index; the documents stay, and the next search makes it again."""
         self._alias.drop()
 
     # --- searching ---
@@ -199,8 +175,6 @@ class Catalogue:
     ) -> Any:
         """Count the documents by the values of one indexed field, or of two.
 
-        A file whose attribute has several values counts once for each of them.
-
         Parameters
         ----------
         name, across : str
@@ -210,18 +184,12 @@ class Catalogue:
         by : {"year", "month"}, optional
             What to count dates by.
         query, **conditions
-            As for :meth:`find`.
+            As for :meth:`find`; its errors, too.
 
         Returns
         -------
         pandas.Series or pandas.DataFrame
-            Counts by value, largest first, with `by` in order of time. For two fields a table with
-            a row for each value of `name` and a column for each of `across`, both sorted.
-
-        Raises
-        ------
-        NotIndexedError, ValueError, SearchError, SearchTimeoutError
-            As for :meth:`find`.
+            Counts by value, largest first, with `by` in order of time; or the cross table, sorted.
         """
         names = [name] if across is None else [name, across]
 
@@ -238,12 +206,7 @@ class Catalogue:
             return self._engine.groups(index, search, *stages), fields
 
         index, (rows, fields) = self._engine.ask(ask)
-        kinds = {field: index.fields[field] for field in fields}
-        counts: Counter[tuple[Any, ...]] = Counter()
-        for row in rows:
-            values = [answers.group_values(f, kinds[f], row.get(f.encode()), by) for f in fields]
-            for combination in itertools.product(*values):
-                counts[combination] += int(row[b"__count"])
+        counts = answers.counts(rows, fields, index.fields, by)
         if across is None:
             return answers.ranking(name, counts, in_order=by is not None)
         return answers.cross_table(names, counts)
@@ -258,29 +221,22 @@ class Catalogue:
         query: str = "",
         **conditions: Any,
     ) -> pd.DataFrame:
-        """Find the images whose thumbnails are nearest to one.
+        """Find the `k` images whose thumbnails are nearest to one.
 
         Parameters
         ----------
         vector : sequence of int
             The thumbnail's grey levels, row by row.
-        k : int
-            How many images.
         leave_out : str, optional
             The key of a document that is not among them.
         columns, query, **conditions
-            As for :meth:`find`.
+            As for :meth:`find`; its errors, too.
 
         Returns
         -------
         pandas.DataFrame
-            At most `k` rows, nearest first: ``path``, ``key``, ``distance`` (the root mean square
-            difference of the thumbnails in grey levels, 0 to 255) and the columns.
-
-        Raises
-        ------
-        NotIndexedError, ValueError, SearchError, SearchTimeoutError
-            As for :meth:`find`.
+            Nearest first: ``path``, ``key``, ``distance`` (the root mean square difference of the
+            thumbnails in grey levels, 0 to 255) and the columns.
         """
         if not isinstance(k, int) or k < 1:
             raise ValueError(f"k is {k!r}; give a number of images, at least 1.")
