@@ -102,11 +102,16 @@ def in_another_process(server):
         return os.getpid(), server.command("GET", "a"), repr(server)
 
 
-@pytest.mark.parametrize("options", ["", "?decode_responses=True&max_connections=3"])
-def test_a_pickled_server_connects_anew(options, server, client):
+@pytest.mark.parametrize("how", ["connect", "decoding", "by host"])
+def test_a_pickled_server_connects_anew(how, server, client):
     """A server that is pickled works in a process that shares nothing with this one."""
     client.set("a", "x")
-    with connect(server.url + options) as theirs, Server(theirs) as sending:
+    made = {
+        "connect": lambda: connect(server.url),
+        "decoding": lambda: connect(f"{server.url}?decode_responses=True&max_connections=3"),
+        "by host": lambda: redis.Redis("127.0.0.1", server.port, password=server.password),
+    }
+    with made[how]() as theirs, Server(theirs) as sending:
         for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
             with pickle.loads(pickle.dumps(sending, protocol)) as copy:
                 assert copy.command("GET", "a") == b"x"
