@@ -9,9 +9,8 @@ import redis
 from clusters import running_cluster
 from samples import dicom, sha256_of
 
-from dicomstore.blobs.manifest import Manifest
+import dicomstore.store as store_module
 from dicomstore.errors import MissingChunkError, NotStoredError, SearchError, ServerError
-from dicomstore.keys import document_key
 from dicomstore.store import DicomStore, connect
 
 NODES = 3
@@ -103,7 +102,7 @@ def test_a_large_file_lies_on_all_nodes(client):
 def test_document_and_lease_share_a_slot(client):
     """What is watched together lies on one node, whatever braces the path has."""
     for path in ("a", "x{y}z", "{}", "}{", "{user}/a"):
-        manifest = Manifest(document_key(path), "0" * 12, 1, 1, ())
+        manifest = store_module.Manifest(store_module.document_key(path), "0" * 12, 1, 1, ())
         assert client.keyslot(manifest.key) == client.keyslot(manifest.lease)
 
 
@@ -173,7 +172,7 @@ def test_searches_without_a_coordinator_are_refused(store, client):
     """Where the engine answers for one node alone, a search is refused, with the way out."""
     store.put("sub/a.dcm", dicom())
     for action in (store.find, lambda: store.count_by("modality")):
-        with pytest.raises(SearchError, match=r"one of its nodes.*Redis 8"):
+        with pytest.raises(SearchError, match=r"one of its nodes alone.*Redis 8"):
             action()
     with pytest.raises(NotStoredError, match=r"key or path.*imageName.*Redis 8"):
         store.read("a.dcm")
