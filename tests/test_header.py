@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pydicom
 import pytest
-from conftest import PYDICOM_DATA, PYDICOM_FILES
+from conftest import PYDICOM_DATA, PYDICOM_FILES, examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom import config, datadict
@@ -103,7 +103,7 @@ def test_what_is_never_guessed(content):
     assert searchable_bytes(content) is None
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.binary(max_size=300))
 def test_random_bytes_never_fail(noise):
     """Whatever follows the preamble, a description comes back and can be indexed."""
@@ -112,7 +112,7 @@ def test_random_bytes_never_fail(noise):
     searchable_bytes(noise)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_broken_real_files_never_fail(data):
     """Real files with bytes overwritten, cut out or cut off are described without an error."""
@@ -310,7 +310,7 @@ def elements(draw):
     return tag, vr, draw(one if vm == "1" else st.lists(one, min_size=1, max_size=4))
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(100), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(elements(), max_size=12),
     st.sampled_from([ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian]),

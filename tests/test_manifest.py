@@ -5,6 +5,7 @@ import os
 import random
 
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -80,7 +81,7 @@ def test_chunks_cover_the_file_exactly(size, chunk_size):
     assert all(1 <= manifest.length(number) <= chunk_size for number in ends)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(st.integers(1, 400_000), st.integers(64, 300_000))
 def test_batches_hold_every_chunk_once(size, chunk_size):
     """Batches take the chunks in order and stay within 16 MiB."""

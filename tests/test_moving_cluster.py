@@ -10,11 +10,13 @@ import time
 
 import pytest
 from clusters import Slot, is_settled, kill, moving, new_node, plain, running_cluster, wait_until
+from samples import dicom
 
-from dicomstore.errors import RefusedError, ServerError
+from dicomstore import DicomStore
+from dicomstore.errors import MissingChunkError, NotStoredError, RefusedError, ServerError
 from dicomstore.server.connection import Server, connect
 
-SECONDS = 2.0
+SECONDS, MOVES = 2.0, 8
 
 
 @pytest.fixture(scope="module")
@@ -281,3 +283,108 @@ def test_a_cluster_without_a_replacement():
                 action()
             assert not isinstance(caught.value, RefusedError)
             assert key not in str(caught.value).split()
+
+
+# --- the store -----------------------------------------------------------------------------------
+
+
+class StoreWork:
+    """Stores of their own that put, replace and read files until told to stop."""
+
+    def __init__(self, url, *, shared=("a", "b")):
+        self.url, self.shared = url, shared
+        self.loaded, self.failures, self.reads = [], [], 0
+        self._over = threading.Event()
+        jobs = [(self._replace, 0), (self._replace, 1), (self._add, 2), (self._read, 3)]
+        self._threads = [threading.Thread(target=self._do, args=job) for job in jobs]
+
+    def __enter__(self):
+        with connect(self.url) as client, self.store(client) as store:
+            for name in self.shared:
+                store.put(name, self.image(name, 0))
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    @staticmethod
+    def store(client):
+        return DicomStore(client, chunk_size=1000, progress=False)
+
+    @staticmethod
+    def image(name, number):
+        return dicom(SOPInstanceUID=f"1.2.{ord(name[0])}", Rows=number + 1, pixels=bytes(9000))
+
+    def _do(self, job, turn):
+        try:
+            with connect(self.url) as client, self.store(client) as store:
+                number = 0
+                while not self._over.is_set():
+                    number += 1
+                    job(store, turn, number)
+        except Exception as error:
+            self.failures.append(error)
+
+    def _replace(self, store, turn, number):
+        name = self.shared[(turn + number) % len(self.shared)]
+        store.put(name, self.image(name, number % 2), replace=True)
+
+    def _add(self, store, turn, number):
+        store.put(f"own/{number}", self.image("own", number))
+        self.loaded.append((time.monotonic(), number))
+
+    def _read(self, store, turn, number):
+        name = self.shared[number % len(self.shared)]
+        assert store.read(name) in [self.image(name, version) for version in (0, 1)]
+        if self.loaded:
+            _, loaded = self.loaded[-1]
+            with store.open(f"own/{loaded}") as file:
+                assert file.read() == self.image("own", loaded)
+        self.reads += 1
+
+
+def test_a_store_while_slots_move(nodes, server):
+    """Files are loaded, replaced and read while the slots of all that they consist of move.
+
+    Nothing fails, no reader sees a part, and in the end nothing lies in Redis that no file has.
+    """
+    with StoreWork(nodes[0].url) as work:
+        keys = ["file:a", "file:b", "chunk:file:a:0123456789ab:0", "file:own/9"]
+        slots = [Slot(nodes, server.client.keyslot(key)) for key in keys]
+        with moving(nodes, slots, pause=0.005) as moves:
+            wait_until(lambda: len(moves) > MOVES or work.failures)
+    assert work.failures == [] and work.reads and work.loaded
+    with work.store(server.client) as store:
+        assert store.verify()["status"].eq("ok").all()
+        assert len(store.sweep()) == 0
+        paths = [*work.shared, *(f"own/{number}" for _, number in work.loaded)]
+        for path in paths:
+            store.delete(path)
+    assert list(server.scan("file:*", "ReJSON-RL")) == list(server.scan("chunk:*", "string")) == []
+
+
+def test_a_store_while_a_replica_takes_over():
+    """When a primary is killed, loads and reads go on, and what was replicated is whole."""
+    with running_cluster(3, replicas=1) as nodes, StoreWork(nodes[1].url) as work:
+        wait_until(lambda: len(work.loaded) > 5 or work.failures)
+        killed = time.monotonic()
+        kill(nodes[0])
+        count, reads = len(work.loaded), work.reads
+        wait_until(
+            lambda: (len(work.loaded) > count + 5 and work.reads > reads + 5) or work.failures
+        )
+        work.__exit__()
+        assert work.failures == []
+        with connect(nodes[1].url) as client, work.store(client) as store:
+            for at, number in work.loaded:
+                try:
+                    assert store.read(f"own/{number}") == work.image("own", number)
+                except (NotStoredError, MissingChunkError):
+                    # What a primary acknowledged in its last moment may not have been replicated.
+                    assert killed - 0.5 < at <= killed
+            for name in work.shared:
+                assert store.read(name) in [work.image(name, version) for version in (0, 1)]

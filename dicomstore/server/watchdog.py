@@ -1,6 +1,6 @@
 """The embedded server's watchdog: starts it, and ends it when its owner is gone.
 
-Run as a file of its own with nothing but the standard library, so that it starts quickly and no
+It runs as a file of its own and imports only the standard library. So it starts quickly, and no
 folder or environment of the user's can change it.
 """
 
@@ -16,13 +16,13 @@ from pathlib import Path
 from select import select
 
 STOP_TIMEOUT_S = 10.0
-LAST_WORDS_LINES = 12
+SHOWN_LINES = 12
 
 
 def _watch(build: Path, owner: int, folder: str) -> None:
-    """Run a server until the owner says so, closes the pipe or is gone; print its last words."""
+    """Run a server until the owner writes, closes the pipe or is gone; print the end of its log."""
     configuration = sys.stdin.buffer.read(int(sys.stdin.buffer.readline()))
-    os.umask(0o077)  # what Redis writes is for nobody else to read
+    os.umask(0o077)  # only the owner may read what Redis writes
     if folder:
         _lock(folder)
     # SIGTERM ends this process through `finally`, so that the server goes with it.
@@ -30,7 +30,7 @@ def _watch(build: Path, owner: int, folder: str) -> None:
     with tempfile.TemporaryDirectory(prefix="dicom-redis-") as scratch:
         log = Path(scratch) / "log"
         with log.open("wb") as output:
-            # The configuration, and with it the password, goes through standard input: no process
+            # The configuration holds the password. It goes through standard input, where no process
             # list and no file shows it.
             server = subprocess.Popen(
                 [build / "redis-server", "-"],
@@ -44,8 +44,8 @@ def _watch(build: Path, owner: int, folder: str) -> None:
             assert server.stdin is not None
             server.stdin.write(configuration)
             server.stdin.close()
-            # The pipe says at once that the owner is gone; its process number says so too where a
-            # forked child still holds the pipe.
+            # The pipe says at once that the owner is gone. Where a forked child still holds the
+            # pipe, the parent's process number says so.
             while server.poll() is None and os.getppid() == owner:
                 if select([sys.stdin], [], [], 0.25)[0]:
                     break
@@ -60,18 +60,18 @@ def _watch(build: Path, owner: int, folder: str) -> None:
                 server.wait()
             if os.getppid() == owner:
                 lines = log.read_bytes().splitlines()
-                sys.stdout.buffer.write(b"\n".join(lines[-LAST_WORDS_LINES:]))
+                sys.stdout.buffer.write(b"\n".join(lines[-SHOWN_LINES:]))
 
 
 def _lock(folder: str) -> None:
     """Lock `folder` for as long as this process lives: two servers would mix their files."""
-    import fcntl  # not on Windows, where this module must load to say that it has no build
+    import fcntl  # Windows has none, and has to import this module to say that it has no build
 
     try:
         fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise OSError(
-            f"Another server keeps its data in {folder!r}: stop it, or choose another folder."
+            f"Another server keeps its data in {folder!r}: stop it, or choose a different folder."
         ) from None
 
 
