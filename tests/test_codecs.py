@@ -2,6 +2,7 @@
 
 import io
 import subprocess
+import sys
 
 import imagecodecs
 import numpy as np
@@ -118,6 +119,24 @@ def test_the_syntaxes_are_those_of_pydicom():
     assert codecs.decoder_for(uid.ExplicitVRLittleEndian)[1] == ""
     with pytest.raises(NotImplementedError):
         codecs.decoder_for(uid.MPEG2MPML)
+
+
+def test_pydicom_decodes_as_well(request):
+    """Once the store is imported, pydicom's own functions decode, without any other package."""
+    code = f"""
+import sys
+sys.modules |= dict.fromkeys(("gdcm", "pylibjpeg", "jpeg_ls"))
+import dicomstore.store
+import pydicom
+for name in ("MR_small.dcm", "MR_small_jpeg_ls_lossless.dcm", "JPGExtended.dcm"):
+    print(pydicom.dcmread({str(PYDICOM_FILES)!r} + "/" + name).pixel_array.max())
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=request.config.rootpath
+    )
+    native, jpeg_ls, extended = map(int, run.stdout.split() or [0, 0, 0])
+    assert native == jpeg_ls > 0, run.stderr
+    assert 255 < extended < 4096
 
 
 def test_other_plugins_are_not_asked(monkeypatch):
