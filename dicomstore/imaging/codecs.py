@@ -28,8 +28,22 @@ COLOUR_SPACES = {3: "YCBCR", 4: "CMYK"}
 Decode = Callable[[bytes, int], NDArray[Any]]
 
 
+def register() -> None:
+    """Add the plug-in to pydicom's decoders, once for the process.
+
+    From then on, pydicom's own functions can decode with it as well.
+    """
+    with _one_at_a_time:
+        for syntax in _DECODERS:
+            decoder = get_decoder(syntax)
+            if PLUGIN not in decoder.available_plugins:
+                decoder.add_plugin(PLUGIN, (__name__, decode_frame.__name__))
+
+
 def decoder_for(syntax: str) -> tuple[Decoder, str]:
     """Return pydicom's decoder of a transfer syntax, and the ``decoding_plugin`` to use with it.
+
+    Named so, the plug-in here comes before all others that may be installed.
 
     Parameters
     ----------
@@ -41,11 +55,7 @@ def decoder_for(syntax: str) -> tuple[Decoder, str]:
     NotImplementedError
         If there is none.
     """
-    with _one_at_a_time:
-        for known in _DECODERS:
-            decoder = get_decoder(known)
-            if PLUGIN not in decoder.available_plugins:
-                decoder.add_plugin(PLUGIN, (__name__, decode_frame.__name__))
+    register()
     syntax = RETIRED.get(syntax, syntax)
     plugin = PLUGIN if is_available(syntax) else ""
     return get_decoder(syntax), "pydicom" if syntax == uid.RLELossless else plugin

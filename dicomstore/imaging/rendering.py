@@ -99,7 +99,9 @@ def render(dataset: Dataset, frame: int = 0) -> NDArray[np.uint8]:
         What pydicom raises for a data set without pixels or with pixels it cannot decode.
     """
     syntax = dataset.file_meta.TransferSyntaxUID
-    keyword = next((keyword for keyword in PIXEL_DATA.values() if keyword in dataset), "PixelData")
+    keyword = next((keyword for keyword in PIXEL_DATA.values() if keyword in dataset), None)
+    if keyword is None:
+        raise AttributeError("The data set has no pixel data.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as above
         element = dataset[keyword]
@@ -135,9 +137,10 @@ def render_file(file: BinaryIO, frame: int, syntax: str, *, longest: int) -> NDA
         stop_when=lambda tag, _vr, _length: tag in PIXEL_DATA,
         specific_tags=WANTED_TAGS,
     )
-    element = file.read(8 if uid.is_implicit_VR else 12)  # tag, VR and length (PS3.5 7.1)
-    group, number = struct.unpack("<HH" if uid.is_little_endian else ">HH", element[:4])
-    vr = "OW" if uid.is_implicit_VR else element[4:6].decode("ascii")
+    implicit_vr, little_endian = dataset.original_encoding  # not always that of the syntax
+    element = file.read(8 if implicit_vr else 12)  # tag, VR and length (PS3.5 7.1)
+    group, number = struct.unpack("<HH" if little_endian else ">HH", element[:4])
+    vr = "OW" if implicit_vr else element[4:6].decode("ascii")
     array = _samples(file, dataset, frame, uid, (PIXEL_DATA[group << 16 | number], vr))
     step = max(1, max(array.shape[:2]) // longest)
     return _shown(array[::step, ::step], dataset, frame)
