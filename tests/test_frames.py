@@ -271,6 +271,8 @@ def test_empty_fragments_belong_to_a_frame():
         (basic(12, SECOND) + FRAGMENTS, 2, b"", "is not in order"),
         (basic(0, SECOND) + FRAGMENTS, 3, b"", "is not for 3 frames"),
         (basic(0, SECOND) + FRAGMENTS, 10**9, b"", "is not for 1000000000 frames"),
+        (basic(0, 12, SECOND) + FRAGMENTS, 2, b"", "is not for 2 frames"),
+        (basic() + FRAGMENTS[:-8] + item(b"ab") + END, 2, b"", "do not show where 2 frames end"),
         (basic() + FRAGMENTS, 4, b"", "do not show where 4 frames end"),
         (basic() + item(b"ab") * 5 + END, 2, b"", "do not show where 2 frames end"),
         (basic() + END, 2, b"", "has no fragment"),
@@ -444,7 +446,10 @@ def test_bytes_that_are_no_frame():
 @pytest.mark.parametrize("table", [None, b"", b"junk", "bomb", "other"])
 def test_table_that_does_not_fit_its_document(table):
     """A table that is gone, damaged, of another file or too large is refused."""
-    made = {"bomb": zlib.compress(bytes(10**7)), "other": zlib.compress(b"\x10" + bytes(23))}
+    made = {
+        "bomb": zlib.compress(bytes(10**7)),
+        "other": zlib.compress(bytes([16, 16, 17]) + bytes(21)),
+    }
     frames = frames_of(encapsulated(basic() + FRAGMENTS, frames=3))
     wrong = Frames("a.dcm", frames.member, {}, None, made.get(table, table))
     with pytest.raises(FrameError, match="table does not fit its document"):

@@ -187,6 +187,8 @@ def test_enhanced_instance(large_files):
         ({"RescaleSlope": "2", "RescaleIntercept": "-3000"}, np.int16),
         ({"RescaleSlope": "-7", "RescaleIntercept": "0"}, np.int16),
         ({"RescaleSlope": "8"}, np.int16),
+        ({"RescaleIntercept": "-32768"}, np.int16),
+        ({"RescaleIntercept": "-32769"}, np.float32),
         ({"RescaleSlope": "9"}, np.float32),
         ({"RescaleSlope": "0.37"}, np.float32),
         ({"RescaleIntercept": "-0.5"}, np.float32),
@@ -415,7 +417,7 @@ def test_one_slice():
 # --- enhanced instances --------------------------------------------------------------------------
 
 
-def enhanced(places, **shared):
+def enhanced(places):
     """Return an enhanced instance's data set with a frame at each z, Rescale by frame."""
     dataset = Dataset()
     for keyword, value in headers(1)[0].attributes.items():
@@ -434,6 +436,8 @@ def enhanced(places, **shared):
     common.PlaneOrientationSequence[0].ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
     common.PixelMeasuresSequence = [Dataset()]
     common.PixelMeasuresSequence[0].PixelSpacing = [0.7, 0.8]
+    common.PixelValueTransformationSequence = [Dataset()]
+    common.PixelValueTransformationSequence[0].RescaleIntercept = 99
     dataset.SharedFunctionalGroupsSequence = [common]
     return dataset
 
