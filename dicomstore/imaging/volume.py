@@ -89,36 +89,16 @@ KEYWORDS = ("SeriesInstanceUID", "FrameOfReferenceUID", "ImageType", "Rows or Co
 
 
 class Slice(NamedTuple):
-    """One frame as a slice of a volume.
-
-    Attributes
-    ----------
-    path : str
-    frame : int
-        Which of the instance's frames it is, from 0.
-    number : int
-        Its InstanceNumber, which orders slices at the same position.
-    kind : Kind
-    position : tuple of float
-        ImagePositionPatient, in mm.
-    thickness : float
-        Its own extent in mm, for a volume of one slice.
-    stored : numpy.dtype
-        Of its pixels as they are stored uncompressed.
-    bits : int
-        How many bits of each are used (BitsStored).
-    slope, intercept : float
-        Of its Rescale; 1 and 0 where it has none.
-    """
+    """One frame as a slice of a volume."""
 
     path: str
-    frame: int
-    number: int
+    frame: int  # of the instance's frames, from 0
+    number: int  # InstanceNumber, which orders slices at the same position
     kind: Kind
-    position: tuple[float, ...]
-    thickness: float
-    stored: np.dtype[Any]
-    bits: int
+    position: tuple[float, ...]  # mm
+    thickness: float  # mm, for a volume of one slice
+    stored: np.dtype[Any]  # of its pixels, uncompressed
+    bits: int  # used of each
     slope: float
     intercept: float
 
