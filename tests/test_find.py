@@ -411,7 +411,7 @@ def test_odd_headers_stay_in_the_index(store, client, content):
         store.index_also(*ODD)
     store.put("x", content, replace=True)
     assert list(store.find()["path"]) == ["x"]
-    members = header.describe(io.BytesIO(content))
+    members = header.searchable(io.BytesIO(content))
     read = {name: members[name] for name in members if name in header.FIELDS}
     own = {field.keyword for field in header.FIELDS.values()}
     added = set(ODD) - own

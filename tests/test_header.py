@@ -27,18 +27,11 @@ from samples import PREAMBLE, dicom, element
 
 from dicomstore.catalogue.query import INDEX_FIELDS
 from dicomstore.imaging import header, values
-from dicomstore.imaging.header import HEADER_LIMIT, NUMBER_VRS, SEQUENCE_DEPTH
+from dicomstore.imaging.header import HEADER_LIMIT, NUMBER_VRS, SEQUENCE_DEPTH, searchable
 
 UNDEFINED = 0xFFFFFFFF
 SOP_CLASS = element(0x00080016, "UI", b"1.2.840.10008.5.1.4.1.1.2\0")
 ITEM, ITEM_END, SEQUENCE_END = (b"\xfe\xff" + end for end in (b"\0\xe0", b"\r\xe0", b"\xdd\xe0"))
-
-
-def searchable(file):
-    """Return the searchable members of an open file as a worker makes them, or None."""
-    with header.quietly():
-        elements = header.read(file)
-        return None if elements is None else header.searchable(elements)
 
 
 def searchable_bytes(content):
@@ -450,8 +443,7 @@ def test_a_deflated_file_that_inflates_to_two_gigabytes(bomb, tmp_path):
         "import resource, sys; sys.path.insert(0, sys.argv[1])\n"
         "from dicomstore.imaging import header\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "before = peak(); elements = header.read(open(sys.argv[2], 'rb'))\n"
-        "rows = header.searchable(elements)['rows']\n"
+        "before = peak(); rows = header.searchable(open(sys.argv[2], 'rb'))['rows']\n"
         "print(rows, (peak() - before) // 1024)"
     )
     project = Path(header.__file__).parents[2]
@@ -482,7 +474,7 @@ def test_threads_keep_their_warnings():
 
     def work():
         for _ in range(20):
-            found.append(header.searchable(header.read(io.BytesIO(content))))
+            found.append(header.members(header.read(io.BytesIO(content))))
             seen.append(settings())
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -502,9 +494,9 @@ def test_values_are_never_quoted():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(values.OddTextError):
-            header.searchable(elements)
+            header.members(elements)
         with header.quietly():
-            assert "Secret" in header.searchable(elements)["patientName"]
+            assert "Secret" in header.members(elements)["patientName"]
 
 
 def test_the_new_fields():

@@ -61,7 +61,7 @@ def grey(image, *, frames=1, photometric="MONOCHROME2", **attributes):
 
 
 def descriptor_of(content):
-    return thumbnail.of_file(io.BytesIO(content), header.describe(io.BytesIO(content)))
+    return thumbnail.of_file(io.BytesIO(content), header.searchable(io.BytesIO(content)))
 
 
 def ramp(rows=64, columns=64):
@@ -78,7 +78,7 @@ def test_every_image_of_the_corpus_has_one():
         if not path.is_file():
             continue
         content = path.read_bytes()
-        members = header.describe(io.BytesIO(content))
+        members = header.searchable(io.BytesIO(content))
         if members is None:
             continue
         found = thumbnail.of_file(io.BytesIO(content), members)
@@ -141,7 +141,7 @@ def test_only_one_frame_is_read():
             return piece
 
     file = Counting(content)
-    members = header.describe(io.BytesIO(content))
+    members = header.searchable(io.BytesIO(content))
     assert thumbnail.of_file(file, members) == [0] * thumbnail.DIMENSIONS
     assert file.total < len(content) / 20
 
@@ -180,7 +180,7 @@ def test_damaged_files_have_none_or_a_whole_one(data):
     for _ in range(data.draw(st.integers(1, 8))):
         content[data.draw(st.integers(132, len(content) - 1))] = data.draw(st.integers(0, 255))
     del content[data.draw(st.integers(140, len(content))) :]
-    members = header.describe(io.BytesIO(content))
+    members = header.searchable(io.BytesIO(content))
     if members is not None:
         found = thumbnail.of_file(io.BytesIO(content), members)
         assert found is None or len(found) == thumbnail.DIMENSIONS

@@ -126,7 +126,7 @@ def by_header(file: BinaryIO, modified: int | None) -> Description:
     elements = header.read(file)
     if elements is None:
         return Description(None, None, modified, False, {})
-    members = header.searchable(elements)
+    members = header.members(elements)
     attachments = {}
     if json := metadata.compressed_json(elements):
         attachments["json"] = json
