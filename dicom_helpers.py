@@ -26,7 +26,7 @@ from PIL.Image import Image
 from pydicom.dataset import Dataset
 from pydicom.pixels import pixel_array
 
-from dicomstore import DicomStore, connect, not_, words
+from dicomstore import DicomStore, connect, containing, not_, words
 from dicomstore.imaging import rendering
 
 #: Legible on white and on dark pages alike, and in greyscale.
@@ -36,7 +36,7 @@ WIDTH_INCHES = 9.0
 #: Under an image a fifth of that wide, at CAPTION_SIZE.
 CAPTION_CHARACTERS, CAPTION_SIZE = 26, 8
 
-__all__ = ["DicomStore", "connect", "not_", "words"]
+__all__ = ["DicomStore", "connect", "containing", "not_", "words"]
 
 Result = TypeVar("Result")
 

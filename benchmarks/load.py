@@ -87,10 +87,9 @@ def alike(url: str) -> int:
     count = 0
     for file in real_files():
         with file.open("rb") as opened:
-            elements = header.read(opened)
-        if elements is None:
+            members = header.searchable(opened)
+        if members is None:
             continue
-        members = header.searchable(elements)
         members["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
         members["chunks"] = _chunks(client, file)
         client.execute_command("JSON.SET", f"image:{file}", "$", json.dumps(members))

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dicomstore.catalogue.query import not_, words
+    from dicomstore.catalogue.query import containing, not_, words
     from dicomstore.server.connection import connect
     from dicomstore.store import DicomStore
 
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 _ROOMS = {
     "DicomStore": "dicomstore.store",
     "connect": "dicomstore.server.connection",
+    "containing": "dicomstore.catalogue.query",
     "not_": "dicomstore.catalogue.query",
     "words": "dicomstore.catalogue.query",
 }
-__all__ = ["DicomStore", "connect", "not_", "words"]
+__all__ = ["DicomStore", "connect", "containing", "not_", "words"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import threading
@@ -122,7 +123,8 @@ class Reading:
     def remember(self, found: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
         """Remember where files lie that a search has found: reading one takes one round trip."""
         for key, members in found:
-            self._remembered.put(parse_manifest(key, members))
+            with contextlib.suppress(DamagedError):  # whoever reads it is told
+                self._remembered.put(parse_manifest(key, members))
 
     # --- whole files ---
 

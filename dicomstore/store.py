@@ -644,6 +644,7 @@ class DicomStore:
             - a list: one of several of these;
             - None if the field is absent, ``...`` if it is present;
             - ``words("contrast brain*")``: all these words, stemmed, or the beginnings of them;
+            - ``containing("smi")``: this text anywhere in the value, in any case;
             - ``not_(value)``: none of what `value` matches, files without the field among them.
 
         Returns

@@ -15,9 +15,9 @@ import pytest
 from conftest import PYDICOM_DATA, PYDICOM_FILES
 from samples import dicom
 
+from dicomstore import DicomStore
 from dicomstore.errors import WorkerError
 from dicomstore.imaging import describing, header, thumbnail, values, worker
-from dicomstore import DicomStore
 
 
 def described(files, *, pixels):
@@ -317,8 +317,8 @@ def test_an_interrupted_load_goes_on_where_it_stopped(store, client, tmp_path, m
         store.load(tmp_path)
     plain = DicomStore(client, progress=False, descriptors=False)
     client.config_resetstat()
-    searchable, read = header.searchable, []
-    monkeypatch.setattr(header, "searchable", lambda each: read.append(each) or searchable(each))
+    members, read = header.members, []
+    monkeypatch.setattr(header, "members", lambda each: read.append(each) or members(each))
     report = plain.load(tmp_path)
     assert report["status"].value_counts().to_dict() == {"loaded": 12, "unchanged": 8}
     assert len(read) == 12

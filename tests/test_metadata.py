@@ -175,6 +175,6 @@ def test_what_is_too_large_has_no_json(monkeypatch):
     ):
         with values.quietly():
             elements = header.read(io.BytesIO(content))
-            assert header.searchable(elements)["sopClassUID"]
+            assert header.members(elements)["sopClassUID"]
             assert metadata.compressed_json(elements) is None
     assert json_of(nested(metadata.SEQUENCE_DEPTH - 1)) is not None

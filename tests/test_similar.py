@@ -15,9 +15,9 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from samples import dicom
 
-from dicomstore.errors import NoThumbnailError, NotStoredError
-from dicomstore.imaging import header, rendering, thumbnail
 from dicomstore import DicomStore
+from dicomstore.errors import NoThumbnailError, NotStoredError
+from dicomstore.imaging import header, rendering, thumbnail, values
 
 #: The only files of pydicom's with pixels that have no thumbnail: their pixels are cut off.
 UNDECODABLE = {"JPEG2000-embedded-sequence-delimiter.dcm", "MR_truncated.dcm"}
@@ -53,7 +53,7 @@ def grey(image, *, frames=1, photometric="MONOCHROME2", **attributes):
 
 
 def thumbnail_of(content):
-    return thumbnail.of_file(io.BytesIO(content), header.describe(io.BytesIO(content)))
+    return thumbnail.of_file(io.BytesIO(content), header.searchable(io.BytesIO(content)))
 
 
 def ramp(rows=64, columns=64):
@@ -70,16 +70,16 @@ def test_every_image_of_the_corpus_has_one():
         if not path.is_file():
             continue
         content = path.read_bytes()
-        members = header.describe(io.BytesIO(content))
+        members = header.searchable(io.BytesIO(content))
         if members is None:
             continue
         found = thumbnail.of_file(io.BytesIO(content), members)
         try:
             dataset = rendering.read_dataset(content)
             frame = int(members.get("numberOfFrames", 1)) // 2
-            with header.quietly():
+            with values.quietly():
                 expected = thumbnail.of_array(rendering.render(dataset, frame))
-        except header.UNREADABLE:
+        except values.UNREADABLE:
             assert found is None
             assert path.name in UNDECODABLE or not {"Rows", "PixelData"} <= set(dataset.dir())
             continue
@@ -150,7 +150,7 @@ def test_only_one_frame_is_read():
             return piece
 
     file = Counting(content)
-    members = header.describe(io.BytesIO(content))
+    members = header.searchable(io.BytesIO(content))
     assert thumbnail.of_file(file, members) == [0] * thumbnail.DIMENSIONS
     assert file.total < len(content) / 20
 
@@ -189,7 +189,7 @@ def test_damaged_files_have_none_or_a_whole_one(data):
     for _ in range(data.draw(st.integers(1, 8))):
         content[data.draw(st.integers(132, len(content) - 1))] = data.draw(st.integers(0, 255))
     del content[data.draw(st.integers(140, len(content))) :]
-    members = header.describe(io.BytesIO(content))
+    members = header.searchable(io.BytesIO(content))
     if members is not None:
         found = thumbnail.of_file(io.BytesIO(content), members)
         assert found is None or len(found) == thumbnail.DIMENSIONS

@@ -127,7 +127,7 @@ def by_header(file: BinaryIO, modified: int | None) -> Description:
     elements = header.read(file)
     if elements is None:
         return Description(None, None, modified, False, {})
-    members = header.searchable(elements)
+    members = header.members(elements)
     attachments = {}
     where, table = frames.locate(file, members)
     if where is not None:

@@ -142,8 +142,28 @@ class Elements(NamedTuple):
     position: int
 
 
-def searchable(elements: Elements) -> dict[str, Any]:
-    """Return the searchable part of a DICOM file's document.
+def searchable(file: BinaryIO) -> dict[str, Any] | None:
+    """Return the searchable part of a DICOM file's document, or None if the file is not DICOM.
+
+    This is :func:`quietly`, so for processes without other threads.
+
+    Parameters
+    ----------
+    file : binary file, seekable
+        Its position is not kept.
+
+    Returns
+    -------
+    dict or None
+        As :func:`members` makes it.
+    """
+    with quietly():
+        elements = read(file)
+        return None if elements is None else members(elements)
+
+
+def members(elements: Elements) -> dict[str, Any]:
+    """Return the members of a document that are searched.
 
     Returns
     -------
@@ -157,7 +177,7 @@ def searchable(elements: Elements) -> dict[str, Any]:
         If pydicom has to decode a text, and this is not within :func:`quietly`.
     """
     header = _Header(elements.whole)
-    members = {}
+    found: dict[str, Any] = {}
     own = [(each, dict(each.items())) for each in (elements.dataset, elements.meta)]
     for name, field in FIELDS.items():
         tag = _tag(field.keyword)
@@ -165,12 +185,12 @@ def searchable(elements: Elements) -> dict[str, Any]:
             value = header.value(dataset, raw[tag]) if tag in raw else None
             converted = None if value is None else field.convert(value)
             if converted not in (None, ""):
-                members[name] = converted
+                found[name] = converted
     attributes = header.attributes(elements.dataset)
-    members["header"] = attributes | header.attributes(elements.meta)
+    found["header"] = attributes | header.attributes(elements.meta)
     if header.partial:
-        members["headerPartial"] = True
-    return members
+        found["headerPartial"] = True
+    return found
 
 
 # --- recognising and reading ---------------------------------------------------------------------

@@ -53,7 +53,7 @@ def compressed_json(elements: Elements) -> bytes | None:
     ----------
     elements : header.Elements
         As :func:`header.read` returns them; what it has not read is read here and added, so use
-        :func:`header.searchable` before.
+        :func:`header.members` before.
 
     Returns
     -------

@@ -43,7 +43,7 @@ MODULES = ("redisearch.so", "rejson.so")
 BUILD_FOLDER = Path(__file__).resolve().parents[2] / ".redis"
 #: By default the search engine shortens answers and does not say so: after 500 ms, 200 expansions
 #: of a prefix, or 10,000 groups. Here an answer is complete, or it is an error.
-SEARCH_OPTIONS = "TIMEOUT 10000 ON_TIMEOUT FAIL DEFAULT_DIALECT 2 MAXEXPANSIONS 100000"
+SEARCH_OPTIONS = "TIMEOUT 10000 ON_TIMEOUT FAIL DEFAULT_DIALECT 2 MAXEXPANSIONS 10000000"
 WATCHDOG = Path(__file__).with_name("watchdog.py")
 START_TIMEOUT_S = 60.0
 OWN_REDIS = (
