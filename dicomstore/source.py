@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -53,9 +53,10 @@ class Source:
             place = self._place(key)
             if self._is_local:
                 with open(place, "rb", buffering=0) as file:
-                    return [os.pread(file.fileno(), length, start) for start, length in ranges]
+                    return [_piece(file, start, length) for start, length in ranges]
             starts, ends = zip(*((start, start + length) for start, length in ranges), strict=True)
-            pieces = self._files.cat_ranges([place] * len(ranges), list(starts), list(ends))
+            places = [place] * len(ranges)
+            pieces = self._files.cat_ranges(places, list(starts), list(ends), on_error="raise")
             return [bytes(piece) for piece in pieces]
 
     @contextlib.contextmanager
@@ -98,3 +99,8 @@ class Source:
             raise OSError(error.errno or 0, type(error).__name__) from None
         except Exception as error:
             raise OSError(0, type(error).__name__) from None
+
+
+def _piece(file: BinaryIO, start: int, length: int) -> bytes:
+    file.seek(start)
+    return file.read(length)
