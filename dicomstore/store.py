@@ -363,7 +363,7 @@ class DicomStore:
         return dict(self.read_each(names))
 
     def read_each(self, names: Any) -> Iterator[tuple[str, bytes]]:
-        """Yield key and bytes of many files, as :meth:`read_many`, some 64 MiB at a time."""
+        """Yield key and bytes of many files, as :meth:`read_many`, some 2 MiB at a time."""
         return self._reading.read_each(_names(names))
 
     def open(self, name: Any, *, cache_bytes: int = CACHE_BYTES) -> ChunkReader:

@@ -20,8 +20,8 @@ from dicomstore.errors import DamagedError, MissingChunkError
 from dicomstore.server.connection import SOCKET_TIMEOUT_S, Server
 from dicomstore.server.nodes import Command
 
-#: `read_each` holds about so many bytes of files at a time, and one file at least.
-WINDOW_BYTES = 64 * 1024 * 1024
+#: So many bytes of small files are fetched in one request.
+TOGETHER_BYTES = 2 * 1024 * 1024
 
 #: Returns lost chunks, given a manifest, and the CRC-32 of each chunk by its number; or raises.
 Mend = Callable[[Manifest, Mapping[int, int]], Mapping[int, bytes]]
@@ -191,25 +191,13 @@ class Chunks:
                 for chunk in self.in_order(document):
                     write(chunk)
 
-    def read_each(
-        self, documents: Sequence[Document], window: int = WINDOW_BYTES
-    ) -> Iterator[tuple[Document, bytes]]:
-        """Yield whole files in order, with the chunks of many files in each request."""
-        client = self._server.wire_client()
-        for group in _groups(documents, window):
-            size = sum(document.manifest.size for document in group)
-            if client is None or size <= BATCH_BYTES:
+    def read_each(self, documents: Sequence[Document]) -> Iterator[tuple[Document, bytes]]:
+        """Yield whole files in order, with the chunks of many small files in each request."""
+        for group in _groups(documents):
+            if len(group) == 1:
+                yield group[0], self.read(group[0])
+            else:
                 yield from zip(group, self._read_batch(group), strict=True)
-                continue
-            buffer = memoryview(bytearray(size))
-            chunks = [chunk for document in group for chunk in document.manifest.chunks()]
-            crcs = [crc for document in group for crc in document.crc]
-            self._stream(_fetching(chunks, buffer, crcs))
-            position = 0
-            for document in group:
-                end = position + document.manifest.size
-                yield document, bytes(buffer[position:end])
-                position = end
 
     def _read_batch(self, documents: Sequence[Document]) -> Iterator[bytes]:
         keys = [key for document in documents for key in document.manifest.chunk_keys()]
@@ -279,18 +267,12 @@ class Chunks:
         run(whole())
 
 
-def _fetching(
-    chunks: Sequence[tuple[bytes, int]], buffer: memoryview, crcs: Sequence[int]
-) -> Callable[[ChunkStream], Awaitable[None]]:
-    return lambda stream: stream.fetch(chunks, buffer, crcs=crcs)
-
-
-def _groups(documents: Sequence[Document], window: int) -> Iterator[list[Document]]:
-    """Cut `documents` into groups of at most `window` bytes, but at least one document."""
+def _groups(documents: Sequence[Document]) -> Iterator[list[Document]]:
+    """Cut `documents` into groups of at most ``TOGETHER_BYTES``, but at least one document."""
     group: list[Document] = []
     size = 0
     for document in documents:
-        if group and size + document.manifest.size > window:
+        if group and size + document.manifest.size > TOGETHER_BYTES:
             yield group
             group, size = [], 0
         group.append(document)
