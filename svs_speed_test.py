@@ -21,13 +21,13 @@ from pathlib import Path
 
 import psutil
 
+from dicomstore import DicomStore
 from dicomstore.blobs.manifest import BATCH_BYTES, DEFAULT_CHUNK_SIZE
 from dicomstore.blobs.wire import ChunkStream, fresh_buffer, run
 from dicomstore.errors import DicomRedisError, NotStoredError, RedisServerError
 from dicomstore.imaging import slide
 from dicomstore.keys import document_key
 from dicomstore.server.connection import Client, connect
-from dicomstore.store import DicomStore
 
 PROJECT = Path(__file__).resolve().parent
 SLIDES_FOLDER = PROJECT / "data" / "svs"
@@ -77,7 +77,7 @@ def find_slides(paths: Sequence[str], sample_mb: int) -> list[Path]:
         if not path.exists():
             raise FileNotFoundError(f"There is no file or folder {path}.")
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        slides_here = [file for file in files if file.is_file() and slide.describe(file)]
+        slides_here = [file for file in files if file.is_file() and slide.searchable(file)]
         if paths and not slides_here:
             raise ValueError(f"{path} is no slide that OpenSlide opens, and holds none.")
         found += slides_here
@@ -176,7 +176,7 @@ def measure(
     with loaded(store, file, keep=keep) as (key, load_ms):
         facts = store.find(imageName=file.name, columns=("levelCount",))
         levels = int(facts.loc[facts["key"] == key, "levelCount"].iloc[0])
-        dimensions = (slide.describe(file) or {})["dimensions"]
+        dimensions = (slide.searchable(file) or {})["dimensions"]
         result = Retrieval(key, file.stat().st_size, dimensions, levels, load_ms, passed=True)
         connect_times, compare_times, sha256_times = [], [], []
         for _ in range(repeat):
@@ -281,7 +281,7 @@ def draw_grid(speeds: dict[tuple[float, int], float], title: str, target: Path) 
 
 def _store(client: Client, chunk_kb: float) -> DicomStore:
     chunk_size = round(chunk_kb * KB)
-    return DicomStore(client, chunk_size=chunk_size, progress=False, descriptors=False)
+    return DicomStore(client, chunk_size=chunk_size, progress=False, thumbnails=False)
 
 
 def grid(arguments: argparse.Namespace, files: Sequence[Path]) -> None:

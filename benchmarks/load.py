@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import importlib.util
 import json
-import os
 import statistics
 import sys
 import time
@@ -26,27 +25,27 @@ from reporting import machine, ratios
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
+from dicomstore import DicomStore, connect  # noqa: E402
 from dicomstore.imaging import describing, header  # noqa: E402
 from dicomstore.server.embedded import RedisServer  # noqa: E402
-from dicomstore.store import DicomStore, connect  # noqa: E402
 
 MIB = 1024 * 1024
 CHUNK = 5 * 1024
 TABLE = PROJECT / "benchmarks" / "load.md"
 PUBLISHED = "published method: four fields"
 ALIKE = "one process: these documents"
-PLAIN = "this project, without descriptors"
-WHOLE = "this project, with descriptors"
+PLAIN = "this project, without thumbnails"
+WHOLE = "this project, with thumbnails"
 FIRST = ", first load of a process"
 AGAIN = "this project, all stored already"
-#: Ours, the other, and how many times as fast ours should be.
-TARGETS = (
-    (PLAIN, PUBLISHED, 3),
-    (PLAIN, ALIKE, 3),
-    (WHOLE, PUBLISHED, 1),
-    (WHOLE, ALIKE, 1),
-    (PLAIN + FIRST, PUBLISHED, 3),
-    (WHOLE + FIRST, PUBLISHED, 1),
+#: Ours, and the method that it is compared with.
+PAIRS = (
+    (PLAIN, PUBLISHED),
+    (PLAIN, ALIKE),
+    (WHOLE, PUBLISHED),
+    (WHOLE, ALIKE),
+    (PLAIN + FIRST, PUBLISHED),
+    (WHOLE + FIRST, PUBLISHED),
 )
 
 
@@ -88,9 +87,10 @@ def alike(url: str) -> int:
     count = 0
     for file in real_files():
         with file.open("rb") as opened:
-            members = header.describe(opened)
-        if members is None:
+            elements = header.read(opened)
+        if elements is None:
             continue
+        members = header.searchable(elements)
         members["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
         members["chunks"] = _chunks(client, file)
         client.execute_command("JSON.SET", f"image:{file}", "$", json.dumps(members))
@@ -116,8 +116,7 @@ def loaded(store: DicomStore) -> int:
 
 def fresh() -> None:
     """End the worker processes, as if this process had loaded nothing yet."""
-    for worker in describing._idle.pop(os.getpid(), []):
-        worker.end()
+    describing.end_idle_workers()
 
 
 def measure(rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
@@ -138,7 +137,7 @@ def measure(rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
             fresh()
             for suffix in (FIRST, ""):
                 with RedisServer() as server, connect(server.url) as client:
-                    store = DicomStore(client, progress=False, descriptors=descriptors)
+                    store = DicomStore(client, progress=False, thumbnails=descriptors)
                     timed(name + suffix, lambda store=store: loaded(store))  # type: ignore[misc]
                     if descriptors and not suffix:
                         timed(AGAIN, lambda store=store: loaded(store))  # type: ignore[misc]
@@ -152,8 +151,10 @@ def table(seconds: dict[str, list[float]], counts: dict[str, int]) -> str:
     size = sum(file.stat().st_size for file in files) / MIB
     rounds = len(seconds[PUBLISHED])
     lines = [
-        f"{len(files)} files of {size:.0f} MiB, {rounds} interleaved rounds; {machine()} The "
-        "first two methods send one SET for each 5 KB chunk.",
+        f"{len(files)} files of {size:.0f} MiB, {rounds} interleaved rounds; {machine()} "
+        "The published method is that of the demonstration redis-dicom of 2023: it reads four "
+        "fields of a file and sends one SET for each 5 KB chunk. The second method does the same "
+        "with this project's documents. A *thumbnail* is what `similar` compares.",
         "",
         "| method | files stored | median, ms | lowest to highest |",
         "|---|---:|---:|---:|",
@@ -161,7 +162,7 @@ def table(seconds: dict[str, list[float]], counts: dict[str, int]) -> str:
     for name, times in seconds.items():
         low, median, high = (1000 * x for x in (min(times), statistics.median(times), max(times)))
         lines.append(f"| {name} | {counts[name]} | {median:.0f} | {low:.0f} to {high:.0f} |")
-    lines += ["", *ratios(seconds, TARGETS)]
+    lines += ["", *ratios(seconds, PAIRS)]
     return "\n".join(lines) + "\n"
 
 

@@ -32,8 +32,8 @@ from reporting import machine
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
+from dicomstore import DicomStore, connect, words  # noqa: E402 - run in place, not installed
 from dicomstore.server.embedded import RedisServer  # noqa: E402
-from dicomstore.store import DicomStore, connect, words  # noqa: E402 - run in place, not installed
 
 SIZES = (1_000, 10_000, 100_000, 200_000)
 BATCH = 1000

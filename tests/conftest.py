@@ -13,9 +13,9 @@ import pytest
 import redis
 from hypothesis import settings
 
+from dicomstore import DicomStore, connect
 from dicomstore.server import embedded
 from dicomstore.server.embedded import RedisServer
-from dicomstore.store import DicomStore, connect
 
 PYDICOM_DATA = Path(pydicom.__file__).parent / "data"
 PYDICOM_FILES = PYDICOM_DATA / "test_files"

@@ -37,9 +37,9 @@ from samples import PREAMBLE, dicom, element
 from tqdm import tqdm
 
 import dicomstore.store as store_module
+from dicomstore import DicomStore, connect
 from dicomstore.errors import DamagedError, DicomRedisError, MissingChunkError, ServerError
 from dicomstore.server.embedded import RedisServer
-from dicomstore.store import DicomStore, connect
 
 REPORT = Path(__file__).parent.parent / "benchmarks" / "faults.md"
 PYDICOM_FILES = Path(pydicom.__file__).parent / "data" / "test_files"
@@ -73,7 +73,7 @@ def lease_of(milliseconds):
 
 def store_of(client, chunk_size=1000, **options):
     # Without descriptors: decoding has a part of its own, mutated files.
-    return DicomStore(client, chunk_size=chunk_size, progress=False, descriptors=False, **options)
+    return DicomStore(client, chunk_size=chunk_size, progress=False, thumbnails=False, **options)
 
 
 def unreferenced(client):
@@ -232,7 +232,7 @@ DOCUMENT_EDITS = {
     "tail": lambda value: random.choice([[], [1], [*value, 5], "x"]),
     "crc": lambda value: [value[0] ^ 1, *value[1:]],
     "chunks": lambda value: random.choice([value[:-1], value[::-1], ["file:0", *value[1:]]]),
-    "sha256": lambda value: random.choice(["0" * 64, value[:-1], value[::-1]]),
+    "blake3": lambda value: random.choice(["0" * 64, value[:-1], value[::-1]]),
     "imageName": lambda value: value + "x",
 }
 
@@ -312,7 +312,7 @@ def _assert_noticed(store, images, path, kind, named, also):
         try:
             assert read() == images[path], f"{way} gave wrong bytes after {kind}"
             # `open` reads neither the list of chunks nor the SHA-256, `read` not the latter.
-            untouched = {"read": {"sha256"}, "open": {"sha256", "chunks", "imageName"}}
+            untouched = {"read": {"blake3"}, "open": {"blake3", "chunks", "imageName"}}
             assert kind in untouched[way], f"{way} did not notice {kind}"
         except (DamagedError, MissingChunkError) as error:
             assert any(name in str(error) for name in named), (way, kind, str(error))

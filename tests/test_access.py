@@ -12,9 +12,9 @@ import redis
 from conftest import PYDICOM_FILES
 from samples import dicom, element
 
+from dicomstore import DicomStore, connect, not_, words
 from dicomstore.errors import DicomRedisError, ServerError
 from dicomstore.server.embedded import RedisServer, _free_port
-from dicomstore.store import DicomStore, connect, not_, words
 
 PASSWORD = "s3cret-p/w#ord"
 QUOTED = "s3cret-p%2Fw%23ord"

@@ -7,9 +7,9 @@ import pytest
 from samples import dicom
 
 import dicomstore.store as store_module
+from dicomstore import DicomStore, connect
 from dicomstore.errors import MissingChunkError, NotStoredError, ServerError
 from dicomstore.server.embedded import RedisServer
-from dicomstore.store import DicomStore, connect
 
 IMAGE = dicom(pixels=bytes(range(256)) * 20)
 
@@ -262,7 +262,7 @@ def test_many_readers_fill_one_gap(server, client, folder):
 
 def test_a_cache_that_is_too_small(tmp_path, monkeypatch):
     """A file that evicts its own chunks while it is loaded ends in a sentence, not in a loop."""
-    monkeypatch.setattr("dicomstore.store.ATTEMPTS", 3)
+    monkeypatch.setattr("dicomstore.reading.ATTEMPTS", 3)
     (tmp_path / "a").write_bytes(dicom(pixels=os.urandom(30_000_000)))
     lines = ["maxmemory 24mb", "maxmemory-policy allkeys-lru"]
     with RedisServer(config=lines) as small, connect(small.url) as client:

@@ -10,8 +10,8 @@ from clusters import running_cluster
 from samples import dicom, sha256_of
 
 import dicomstore.store as store_module
+from dicomstore import DicomStore, connect
 from dicomstore.errors import MissingChunkError, NotStoredError, SearchError, ServerError
-from dicomstore.store import DicomStore, connect
 
 NODES = 3
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,7 @@ from conftest import PYDICOM_DATA, PYDICOM_FILES
 from samples import dicom
 
 from dicomstore.errors import WorkerError
-from dicomstore.imaging import describing, header, thumbnail
+from dicomstore.imaging import describing, header, thumbnail, values, worker
 from dicomstore.store import DicomStore
 
 
@@ -57,37 +58,62 @@ def greedy_jpeg():
 
 @pytest.mark.parametrize("pixels", [False, True])
 def test_the_answers_are_those_of_one_process(pixels):
-    """Every file of the corpus is described as it would be in this process."""
+    """Workers describe every file of the corpus as its modules do in this process."""
     files = {path: path for path in sorted(PYDICOM_DATA.rglob("*")) if path.is_file()}
-    for path, answer in described(files, pixels=pixels).items():
-        with path.open("rb") as file:
-            members = header.describe(file)
-            seen = thumbnail.of_file(file, members) if pixels and members else None
-        modified = path.stat().st_mtime_ns
-        assert answer == describing.Description(members, seen, modified, False), path
+    answers = dict(describing.describe_all(files.items(), describing.WORTH_WORKERS, pixels))
+    assert answers.keys() == files.keys()
+    for path, answer in answers.items():
+        with path.open("rb") as file, values.quietly():
+            expected = describing.by_header(file, path.stat().st_mtime_ns)
+            seen = thumbnail.of_file(file, expected.members) if expected.members else None
+        assert answer == expected._replace(thumbnail=seen if pixels else None), path
 
 
 def test_few_headers_are_read_here():
-    """Without pixels, no process is started for few files."""
-    before = processes()
-    files = {number: dicom(Rows=number) for number in range(1, describing.WORTH_WORKERS)}
+    """Without pixels, no process is started for few DICOM files."""
+    describing.end_idle_workers()
+    files = {number: dicom(Rows=number) for number in range(1, 100)}
     answers = described(files, pixels=False)
     assert {number: answer.members["rows"] for number, answer in answers.items()} == {
         number: number for number in files
     }
-    assert processes() == before
+    assert processes() == []
+
+
+def test_openslide_never_runs_here(tmp_path):
+    """What begins like a slide is opened by a worker, however few files are described."""
+    describing.end_idle_workers()
+    (tmp_path / "a.tif").write_bytes(b"II*\0" + bytes(100))
+    answer = described({"a": tmp_path / "a.tif"}, pixels=False)["a"]
+    assert answer.members is None and len(processes()) == 1
+    script = (
+        "import sys, pathlib; from dicomstore.imaging import describing\n"
+        "print(list(describing.describe_all([(1, pathlib.Path(sys.argv[1]))], 1, False)))\n"
+        "assert 'openslide' not in sys.modules"
+    )
+    arguments = [sys.executable, "-c", script, tmp_path / "a.tif"]
+    subprocess.run(arguments, check=True, timeout=60, cwd=describing.PROJECT)
+
+
+def test_workers_are_light():
+    """A worker imports neither pandas nor redis nor matplotlib."""
+    script = (
+        "import sys; import dicomstore.imaging.worker\n"
+        "assert not {'pandas', 'redis', 'matplotlib', 'openslide'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, cwd=describing.PROJECT)
 
 
 @pytest.mark.parametrize("hostile", [busy_jpeg2000, endless_jpeg_ls, greedy_jpeg])
-def test_a_hostile_file_costs_its_own_pixels_alone(tmp_path, hostile):
+def test_a_hostile_file_costs_only_its_own_pixels(tmp_path, hostile):
     """It is described by its header, and says so; those before and behind it are not touched."""
     good = {f"good {number}": PYDICOM_FILES / "JPEG2000.dcm" for number in range(40)}
     (tmp_path / "hostile").write_bytes(hostile())
     files = dict(list(good.items())[:20]) | {"hostile": tmp_path / "hostile"} | good
     answers = described(files, pixels=True)
     bad = answers.pop("hostile")
-    assert bad.given_up and bad.descriptor is None and bad.members["rows"]
-    assert all(one.descriptor and not one.given_up for one in answers.values())
+    assert bad.given_up and bad.thumbnail is None and bad.members["rows"]
+    assert all(one.thumbnail and not one.given_up for one in answers.values())
 
 
 def test_a_worker_that_earlier_files_have_harmed(monkeypatch):
@@ -105,23 +131,94 @@ def test_a_worker_that_earlier_files_have_harmed(monkeypatch):
             for worker in processes():
                 worker.kill()
     assert sorted(answers) == list(range(100))
-    assert all(answer.descriptor and not answer.given_up for answer in answers.values())
+    assert all(answer.thumbnail and not answer.given_up for answer in answers.values())
 
 
 def test_memory_is_limited():
     """A worker does not take what this process would have to give: here, a content too large."""
-    content = bytes(describing.MEMORY_LIMIT + 1024**2)
+    content = bytes(worker.MEMORY_LIMIT + 1024**2)
     assert isinstance(described({"a": content}, pixels=True)["a"], OSError)
 
 
 def test_idle_workers_that_were_killed_are_replaced():
     """The next who needs workers gets living ones."""
     described({"a": PYDICOM_FILES / "MR_small.dcm"}, pixels=True)
-    idle = describing._idle[os.getpid()]
-    for worker in idle:
-        worker.process.kill()
-        worker._listener.join()
-    assert described({"a": PYDICOM_FILES / "MR_small.dcm"}, pixels=True)["a"].descriptor
+    idle = processes()
+    for process in idle:
+        process.kill()
+    psutil.wait_procs(idle, timeout=10)
+    assert described({"a": PYDICOM_FILES / "MR_small.dcm"}, pixels=True)["a"].thumbnail
+
+
+def test_idle_workers_end(monkeypatch):
+    """A worker that has had nothing to do for a while ends, and leaves neither zombie nor pipe."""
+    describing.end_idle_workers()
+    before = psutil.Process().num_fds()
+    impatient = describing.WORKER.replace(
+        "main()", "import dicomstore.imaging.worker as w; w.IDLE_LIMIT_S = 0.2; main()"
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(describing, "WORKER", impatient)
+        assert described({"a": dicom()}, pixels=True)["a"].members
+        deadline = time.monotonic() + 20
+        while psutil.Process().children() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not psutil.Process().children()
+        assert psutil.Process().num_fds() == before
+        assert described({"a": dicom()}, pixels=True)["a"].members
+    describing.end_idle_workers()
+
+
+def test_idle_workers_can_be_ended():
+    """Who has finished can end the workers, more than once; new ones start when needed."""
+    described({"a": dicom()}, pixels=True)
+    assert processes()
+    for _ in range(2):
+        describing.end_idle_workers()
+        assert processes() == []
+    assert described({"a": dicom()}, pixels=True)["a"].members
+
+
+def test_a_fork_shares_no_workers():
+    """A forked process starts workers of its own, and leaves its parent's alone and usable."""
+    script = (
+        "import os, threading, psutil\n"
+        "from dicomstore.imaging import describing as d\n"
+        "def work(n): return list(d.describe_all([(i, b'') for i in range(n)], n, True))\n"
+        "work(3); parents = psutil.Process().children()\n"
+        "busy = threading.Thread(target=work, args=(3000,)); busy.start()\n"
+        "children = []\n"
+        "for _ in range(5):\n"
+        "    if not (child := os.fork()):\n"
+        "        work(2); d.end_idle_workers(); d.end_idle_workers()\n"
+        "        os._exit(any(p in psutil.Process().children() for p in parents))\n"
+        "    children.append(child)\n"
+        "assert [os.waitpid(child, 0)[1] for child in children] == [0] * 5\n"
+        "busy.join(); assert set(parents) <= set(psutil.Process().children())\n"
+    )  # fmt: skip
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, cwd=describing.PROJECT)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"sys/fs/cgroup/cpu.max": "50000 100000\n"}, 1),
+        ({"sys/fs/cgroup/cpu.max": "max 100000\n"}, None),
+        ({"sys/fs/cgroup/a/cpu.max": "1000 100000", "proc/self/cgroup": "0::/a/b\n"}, 1),
+        ({"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "100000\n",
+          "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}, 1),
+        ({"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+          "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({}, None),
+    ],
+)  # fmt: skip
+def test_the_processors_of_a_container(tmp_path, monkeypatch, files, expected):
+    """A quota of control groups counts, of both versions, not the processors of the host."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert describing.cores(tmp_path) == (expected or 6)
 
 
 def test_a_file_that_cannot_be_read(tmp_path):
@@ -139,18 +236,19 @@ def test_relative_paths_are_those_of_this_process(tmp_path, monkeypatch):
     (tmp_path / "odd \udcff\n.dcm").write_bytes((PYDICOM_FILES / "CT_small.dcm").read_bytes())
     monkeypatch.chdir(tmp_path)
     answer = described({"a": Path("odd \udcff\n.dcm")}, pixels=True)["a"]
-    assert answer.members["modality"] == "CT" and answer.descriptor
+    assert answer.members["modality"] == "CT" and answer.thumbnail
 
 
 def test_no_process_can_be_started(monkeypatch, tmp_path):
     """Pixels are then refused in a sentence; headers are read without."""
     for executable in (tmp_path / "missing", "/bin/false"):
-        monkeypatch.setattr("dicomstore.imaging.describing._idle", {})
+        describing.end_idle_workers()
         monkeypatch.setattr(sys, "executable", os.fspath(executable))
-        with pytest.raises(WorkerError, match="descriptors=False"):
+        with pytest.raises(WorkerError, match="thumbnails=False"):
             described({"a": dicom()}, pixels=True)
-        answers = described({number: dicom() for number in range(100)}, pixels=False)
-        assert all(answer.members for answer in answers.values())
+        files = [(number, dicom()) for number in range(10)]
+        answers = dict(describing.describe_all(files, describing.WORTH_WORKERS, False))
+        assert len(answers) == 10 and all(answer.members for answer in answers.values())
 
 
 def test_who_stops_asking_leaves_no_busy_worker():
@@ -159,9 +257,7 @@ def test_who_stops_asking_leaves_no_busy_worker():
     answers = describing.describe_all(files.items(), 6, True)
     next(answers)
     answers.close()
-    idle = describing._idle[os.getpid()]
-    assert not any(worker.asked for worker in idle)
-    assert {each.pid for each in processes()} == {worker.process.pid for worker in idle}
+    assert all(process.cpu_percent(0.2) < 50 for process in processes())
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM, None])
@@ -221,8 +317,8 @@ def test_an_interrupted_load_goes_on_where_it_stopped(store, client, tmp_path, m
         store.load(tmp_path)
     plain = DicomStore(client, progress=False, descriptors=False)
     client.config_resetstat()
-    describe, read = header.describe, []
-    monkeypatch.setattr(header, "describe", lambda file: read.append(file) or describe(file))
+    searchable, read = header.searchable, []
+    monkeypatch.setattr(header, "searchable", lambda each: read.append(each) or searchable(each))
     report = plain.load(tmp_path)
     assert report["status"].value_counts().to_dict() == {"loaded": 12, "unchanged": 8}
     assert len(read) == 12

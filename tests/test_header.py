@@ -1,11 +1,11 @@
 """What a DICOM file says of itself: values of the dictionary's types, however odd the file."""
 
-import contextlib
 import io
 import json
 import subprocess
 import sys
 import threading
+import warnings
 import zlib
 from pathlib import Path
 
@@ -26,16 +26,23 @@ from pydicom.uid import (
 from samples import PREAMBLE, dicom, element
 
 from dicomstore.catalogue.query import INDEX_FIELDS
-from dicomstore.imaging import header
-from dicomstore.imaging.header import HEADER_LIMIT, NUMBER_VRS, SEQUENCE_DEPTH, describe
+from dicomstore.imaging import header, values
+from dicomstore.imaging.header import HEADER_LIMIT, NUMBER_VRS, SEQUENCE_DEPTH
 
 UNDEFINED = 0xFFFFFFFF
 SOP_CLASS = element(0x00080016, "UI", b"1.2.840.10008.5.1.4.1.1.2\0")
 ITEM, ITEM_END, SEQUENCE_END = (b"\xfe\xff" + end for end in (b"\0\xe0", b"\r\xe0", b"\xdd\xe0"))
 
 
-def describe_bytes(content):
-    return describe(io.BytesIO(content))
+def searchable(file):
+    """Return the searchable members of an open file as a worker makes them, or None."""
+    with values.quietly():
+        elements = header.read(file)
+        return None if elements is None else header.searchable(elements)
+
+
+def searchable_bytes(content):
+    return searchable(io.BytesIO(content))
 
 
 def assert_indexable(members):
@@ -79,11 +86,11 @@ def test_what_counts_as_dicom():
         "image_dfl.dcm", "dicomdirtests/DICOMDIR", "no_meta_group_length.dcm",
     ):  # fmt: skip
         with (PYDICOM_FILES / name).open("rb") as file:
-            members = describe(file)
+            members = searchable(file)
         assert members is not None and len(members["header"]) > 5, name
     for name in ("README.txt", "crayons.icc", "zipMR.gz", "test1.json", "rtplan.dump"):
         with (PYDICOM_FILES / name).open("rb") as file:
-            assert describe(file) is None, name
+            assert searchable(file) is None, name
 
 
 @pytest.mark.parametrize(
@@ -93,16 +100,16 @@ def test_what_counts_as_dicom():
 )  # fmt: skip
 def test_what_is_never_guessed(content):
     """Bytes without DICM, whose first elements hold no SOP Class UID, are not DICOM."""
-    assert describe_bytes(content) is None
+    assert searchable_bytes(content) is None
 
 
 @settings(max_examples=examples(150), deadline=None)
 @given(st.binary(max_size=300))
 def test_random_bytes_never_fail(noise):
     """Whatever follows the preamble, a description comes back and can be indexed."""
-    assert_indexable(describe_bytes(PREAMBLE + noise))
-    assert_indexable(describe_bytes(PREAMBLE + SOP_CLASS + noise))
-    describe_bytes(noise)
+    assert_indexable(searchable_bytes(PREAMBLE + noise))
+    assert_indexable(searchable_bytes(PREAMBLE + SOP_CLASS + noise))
+    searchable_bytes(noise)
 
 
 @settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -116,7 +123,7 @@ def test_broken_real_files_never_fail(data):
         place = data.draw(st.integers(0, len(content) - 1))
         noise = data.draw(st.binary(max_size=6))
         content[place : place + data.draw(st.sampled_from([0, len(noise), 50]))] = noise
-    members = describe_bytes(bytes(content))
+    members = searchable_bytes(bytes(content))
     if members is not None:
         assert_indexable(members)
 
@@ -126,7 +133,7 @@ def test_a_transfer_syntax_that_cannot_be_read(vr):
     """Where file meta information is broken, the encoding is told from the data set itself."""
     for raw in (b"", b"1", b"1.2.840.10008.1.2.1\0", b"a\\b\\c\xff"):
         content = PREAMBLE + element(0x00020010, vr, raw) + SOP_CLASS
-        members = describe_bytes(content + element(0x00280010, "US", b"\x05\0"))
+        members = searchable_bytes(content + element(0x00280010, "US", b"\x05\0"))
         assert_indexable(members)
         if vr != "??":  # what is no VR by its form makes the file one with implicit VRs
             assert members["rows"] == 5
@@ -138,7 +145,7 @@ def test_all_real_files_have_plain_headers():
     for path in PYDICOM_DATA.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
-                members = describe(file)
+                members = searchable(file)
             if members is not None:
                 assert_indexable(members)
                 if "headerPartial" in members:
@@ -150,7 +157,7 @@ def test_descriptions_agree_with_pydicom():
     """For a sound file the header holds what pydicom reads, element by element."""
     for name in ("CT_small.dcm", "MR_small_bigendian.dcm", "MR_small_implicit.dcm"):
         with (PYDICOM_FILES / name).open("rb") as file:
-            header = describe(file)["header"]
+            header = searchable(file)["header"]
         dataset = pydicom.dcmread(PYDICOM_FILES / name, stop_before_pixels=True)
         compared = 0
         for one in dataset:
@@ -177,14 +184,14 @@ def test_descriptions_agree_with_pydicom():
 )  # fmt: skip
 def test_study_dates(text, expected):
     """A real date becomes the number yyyymmdd, in DICOM's and in ACR-NEMA's form; others do not."""
-    members = describe_bytes(dicom(StudyDate=text))
+    members = searchable_bytes(dicom(StudyDate=text))
     assert members.get("studyDate") == expected
     assert_indexable(members)
 
 
 def test_normalised_fields():
     """White space of protocol names is folded, manufacturers are upper case, absent is absent."""
-    members = describe_bytes(
+    members = searchable_bytes(
         dicom(ProtocolName=" a  b\t c ", Manufacturer="Acme", Rows=5, PatientSex="", Modality="CT")
     )
     assert members["protocolName"] == "a b c" and members["manufacturer"] == "ACME"
@@ -212,7 +219,7 @@ def test_character_sets(character_set, raw, text):
     name = raw + b" " * (len(raw) % 2)
     character_set = character_set.encode() + b" " * (len(character_set) % 2)
     content = PREAMBLE + element(0x00080005, "CS", character_set) + SOP_CLASS
-    members = describe_bytes(content + element(0x00100010, "PN", name))
+    members = searchable_bytes(content + element(0x00100010, "PN", name))
     assert members["header"]["PatientName"] == text
     assert_indexable(members)
 
@@ -229,7 +236,7 @@ def test_odd_numbers(keyword, text):
     tag = datadict.tag_for_keyword(keyword)
     raw = text.encode() + b" " * (len(text) % 2)
     content = PREAMBLE + SOP_CLASS + element(tag, datadict.dictionary_VR(tag), raw)
-    members = describe_bytes(content)
+    members = searchable_bytes(content)
     value = members["header"].get(keyword)
     if text in ("1.5", "-0", " 7 ", "9" * 30) or (text, keyword) == ("1e308", "SliceThickness"):
         assert value == float(text)
@@ -248,7 +255,7 @@ def test_wrong_vrs(keyword, vr):
     for raw in (b"20", b"2\\3 ", bytes(8), ITEM + bytes(4), b"\xff\xfe", b"x\0y\0"):
         content = element(datadict.tag_for_keyword(keyword), vr, raw)
         whole = PREAMBLE + b"".join(sorted([SOP_CLASS, content], key=lambda one: one[:2]))
-        members = describe_bytes(whole + element(0x00280100, "US", b"\x08\0"))
+        members = searchable_bytes(whole + element(0x00280100, "US", b"\x08\0"))
         assert_indexable(members)
         if keyword == "ProtocolName":
             assert not isinstance(members["header"].get(keyword), dict)
@@ -259,7 +266,7 @@ def test_a_sequence_where_text_belongs():
     """A sequence under the tag of a text attribute is left out, not printed into it."""
     inner = element(0x00100010, "PN", b"Inner^Name")
     item = ITEM + len(inner).to_bytes(4, "little") + inner
-    members = describe_bytes(PREAMBLE + SOP_CLASS + element(0x00181030, "SQ", item))
+    members = searchable_bytes(PREAMBLE + SOP_CLASS + element(0x00181030, "SQ", item))
     assert "protocolName" not in members and "ProtocolName" not in members["header"]
     assert members["headerPartial"] is True
 
@@ -268,7 +275,7 @@ def test_nul_and_lone_surrogates():
     """Text keeps neither NUL, which ends a value in the index, nor what UTF-8 cannot hold."""
     character_set = element(0x00080005, "CS", b"ISO_IR 192")
     name = element(0x00181030, "LO", b"a\0b\xed\xa0\x80c\0")
-    members = describe_bytes(PREAMBLE + character_set + SOP_CLASS + name)
+    members = searchable_bytes(PREAMBLE + character_set + SOP_CLASS + name)
     assert members["protocolName"].startswith("ab") and members["protocolName"].endswith("c")
     assert_indexable(members)
 
@@ -322,7 +329,7 @@ def test_header_types_follow_the_dictionary(chosen, syntax, depth):
             outer.RequestAttributesSequence = Sequence([dataset])
             dataset = outer
     attributes = {one.keyword: one.value for one in dataset}
-    members = describe_bytes(dicom(syntax=syntax, **attributes))
+    members = searchable_bytes(dicom(syntax=syntax, **attributes))
     assert_indexable(members)
     header = members["header"]
     for _ in range(depth):
@@ -355,11 +362,11 @@ def test_sequences_nested_a_thousand_deep(implicit, defined):
     """The header keeps eight levels and what else it can, and says that it is not whole."""
     syntax = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
     flat = dicom(syntax=syntax, Modality="CT", Rows=5)
-    members = describe_bytes(flat + nested(1000, implicit, defined))
+    members = searchable_bytes(flat + nested(1000, implicit, defined))
     assert members["headerPartial"] is True
     assert members["modality"] == "CT" and members["rows"] == 5
     assert_indexable(members)
-    shallow = describe_bytes(flat + nested(SEQUENCE_DEPTH, implicit, defined))
+    shallow = searchable_bytes(flat + nested(SEQUENCE_DEPTH, implicit, defined))
     assert "headerPartial" not in shallow
     assert len(str(shallow["header"]).split("RequestAttributesSequence")) == SEQUENCE_DEPTH + 1
 
@@ -367,7 +374,7 @@ def test_sequences_nested_a_thousand_deep(implicit, defined):
 def test_large_headers_stop_at_their_limit():
     """A header over 64 KB is cut to that and says so; the indexed fields are there all the same."""
     texts = {"SelectorSTValue": "x" * 60_000, "AdditionalPatientHistory": "y" * 30_000}
-    members = describe_bytes(dicom(Modality="CT", SeriesDescription="last", **texts))
+    members = searchable_bytes(dicom(Modality="CT", SeriesDescription="last", **texts))
     assert members["headerPartial"] is True and members["seriesDescription"] == "last"
     assert_indexable(members)
 
@@ -377,7 +384,7 @@ def test_sequences_of_very_many_items(sequences):
     """Empty items count as well: the header stays within its limit and says what is missing."""
     items = (ITEM + bytes(4)) * 8_000
     tags = [0x00081140, 0x00321064, 0x00400275][:sequences]
-    members = describe_bytes(
+    members = searchable_bytes(
         PREAMBLE + SOP_CLASS + b"".join(element(tag, "SQ", items) for tag in tags)
     )
     assert len(members["header"]["ReferencedImageSequence"]) == 8_000
@@ -388,7 +395,7 @@ def test_sequences_of_very_many_items(sequences):
 def test_long_values_are_not_read():
     """A value over 64 KiB is skipped over, and the elements behind it are there."""
     content = PREAMBLE + SOP_CLASS + element(0x00204000, "UT", b"x" * 70_000)
-    members = describe_bytes(content + element(0x00280010, "US", b"\x05\0"))
+    members = searchable_bytes(content + element(0x00280010, "US", b"\x05\0"))
     assert members["rows"] == 5 and members["headerPartial"] is True
     assert "ImageComments" not in members["header"]
 
@@ -406,7 +413,7 @@ def test_nothing_behind_the_pixels_is_read():
 
     head = PREAMBLE + SOP_CLASS + element(0x00280010, "US", b"\x05\0")
     file = Watched(head + element(0x7FE00010, "OB", bytes(1_000_000)))
-    assert describe(file)["rows"] == 5
+    assert searchable(file)["rows"] == 5
     assert file.furthest <= max(len(head) + 12, header.HEAD_BYTES)
 
 
@@ -443,7 +450,8 @@ def test_a_deflated_file_that_inflates_to_two_gigabytes(bomb, tmp_path):
         "import resource, sys; sys.path.insert(0, sys.argv[1])\n"
         "from dicomstore.imaging import header\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "before = peak(); rows = header.describe(open(sys.argv[2], 'rb'))['rows']\n"
+        "before = peak(); elements = header.read(open(sys.argv[2], 'rb'))\n"
+        "rows = header.searchable(elements)['rows']\n"
         "print(rows, (peak() - before) // 1024)"
     )
     project = Path(header.__file__).parents[2]
@@ -458,20 +466,24 @@ def test_headers_without_end(kind):
     """A huge header is read in part only, and what stands in front of the excess is there."""
     start, filling = BOMBS[kind]
     content = PREAMBLE + SOP_CLASS + element(0x00280010, "US", b"\x05\0") + start
-    members = describe_bytes(content + filling * (2**25 // len(filling)))
+    members = searchable_bytes(content + filling * (2**25 // len(filling)))
     assert members["rows"] == 5 and members["headerPartial"] is True
     assert_indexable(members)
 
 
-def test_describing_in_threads_leaves_pydicom_as_it_was():
-    """Many descriptions at once give the same, and pydicom's own settings are as before."""
+def test_threads_keep_their_warnings():
+    """Headers that are read in many threads change neither warnings nor pydicom's settings."""
     content = (PYDICOM_FILES / "CT_small.dcm").read_bytes()
-    before = (config.settings.reading_validation_mode, config.logger.level)
-    expected, found = describe_bytes(content), []
+
+    def settings():
+        return list(warnings.filters), config.settings.reading_validation_mode, config.logger.level
+
+    before, expected, found, seen = settings(), searchable_bytes(content), [], []
 
     def work():
-        with contextlib.suppress(AssertionError):
-            found.extend(describe_bytes(content) for _ in range(20))
+        for _ in range(20):
+            found.append(header.searchable(header.read(io.BytesIO(content))))
+            seen.append(settings())
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -479,4 +491,31 @@ def test_describing_in_threads_leaves_pydicom_as_it_was():
     for thread in threads:
         thread.join()
     assert len(found) == 80 and all(one == expected for one in found)
-    assert (config.settings.reading_validation_mode, config.logger.level) == before
+    assert all(one == before for one in seen)
+
+
+def test_values_are_never_quoted():
+    """What pydicom would warn of, quoting a patient's name, is left to a process of its own."""
+    name = b"Secret^Name\x1b$Z" + b"\xff" * 3 + b"x" * 80
+    content = PREAMBLE + element(0x00080005, "CS", b"ISO 2022 IR 100 ") + SOP_CLASS
+    elements = header.read(io.BytesIO(content + element(0x00100010, "PN", name)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(values.OddTextError):
+            header.searchable(elements)
+        with values.quietly():
+            assert "Secret" in header.searchable(elements)["patientName"]
+
+
+def test_the_new_fields():
+    """Names, numbers and identifiers that DICOMweb asks for are indexed, with their types."""
+    members = searchable_bytes(
+        dicom(
+            PatientName="Roe^Jane", AccessionNumber="A1", StudyID="7", StudyTime="101112.5",
+            SeriesNumber="4", InstanceNumber="12",
+        )
+    )  # fmt: skip
+    assert members["patientName"] == "Roe^Jane" and members["accessionNumber"] == "A1"
+    assert members["studyID"] == "7" and members["studyTime"] == "101112.5"
+    assert members["seriesNumber"] == 4 and members["instanceNumber"] == 12
+    assert members["sopClassUID"] == "1.2.840.10008.5.1.4.1.1.2"

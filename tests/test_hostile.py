@@ -1,17 +1,18 @@
 """Names, values and documents made to do harm: what the user sees, and that nothing happens."""
 
 import contextlib
-import hashlib
 import json
 import os
 import zlib
 
 import pytest
+from blake3 import blake3
 from conftest import PYDICOM_FILES
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from samples import dicom, element, sha256_of
 
+from dicomstore import DicomStore
 from dicomstore.errors import (
     AmbiguousNameError,
     DamagedError,
@@ -20,7 +21,6 @@ from dicomstore.errors import (
     NotStoredError,
 )
 from dicomstore.keys import document_key, path_of, shown_path
-from dicomstore.store import DicomStore
 
 NAMES = [
     b"a b.dcm", b" leading", b"trailing ", b"it's", b'"quoted"', b"{braces}", b"}{", b"{", b"*",
@@ -47,7 +47,7 @@ def stored_as(client, key, image=None):
     client.set(chunk, image)
     json_set(client, key, {
         "imageName": shown_path(path_of(key).rpartition("/")[2]),
-        "size": len(image), "sha256": hashlib.sha256(image).hexdigest(),
+        "size": len(image), "blake3": blake3(image).hexdigest(),
         "version": "0123456789ab", "chunkSize": len(image), "tail": [],
         "crc": [zlib.crc32(image)], "chunks": [chunk],
     })  # fmt: skip
@@ -190,7 +190,7 @@ def test_an_empty_file_over_a_document_of_none(store, client, tmp_path):
     """A document that somebody wrote for no bytes does not make an empty file a stored one."""
     document = {
         "imageName": "a", "size": 0, "version": "0123456789ab", "chunkSize": 262_080, "tail": [],
-        "crc": [], "chunks": [], "sha256": hashlib.sha256().hexdigest(),
+        "crc": [], "chunks": [], "blake3": blake3().hexdigest(),
     }  # fmt: skip
     json_set(client, "file:a", document)
     (tmp_path / "a").write_bytes(b"")
@@ -223,7 +223,7 @@ def test_links_below_the_folder_are_not_followed(store, tmp_path):
     rows = store.restore(out, overwrite=True).set_index("path")
     assert rows["status"]["file"] == rows["status"]["broken"] == "restored"
     assert not (out / "file").is_symlink() and (out / "file").read_bytes() == dicom()
-    assert sha256_of(elsewhere) == {"target": hashlib.sha256(b"theirs").hexdigest()}
+    assert sha256_of(elsewhere) == {"target": blake3(b"theirs").hexdigest()}
     assert (out / "link").is_symlink() and (out / "loop").is_symlink()
 
 
@@ -334,7 +334,7 @@ def test_edited_checksums(stored, client, tmp_path):
     store, document = stored
     client.execute_command("JSON.SET", "file:a.dcm", "$.crc[5]", "7")
     assert_refused(store, tmp_path, DamagedError, document["chunks"][5])
-    json_set(client, "file:a.dcm", {**document, "sha256": "0" * 64})
+    json_set(client, "file:a.dcm", {**document, "blake3": "0" * 64})
     for report in (store.verify(), store.restore(tmp_path)):
         assert report["status"].tolist() == ["damaged"]
         assert "file:a.dcm" in report["reason"][0] and "SHA-256" in report["reason"][0]

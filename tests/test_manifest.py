@@ -32,7 +32,7 @@ def members_of(manifest):
     return {
         "imageName": "b.dcm",
         "size": manifest.size,
-        "sha256": "0" * 64,
+        "blake3": "0" * 64,
         "version": manifest.version,
         "chunkSize": manifest.chunk_size,
         "tail": list(manifest.tail),
@@ -149,7 +149,7 @@ EDITS = [
     ("version", ["", "0123456789a", "0123456789AB", "0123456789ab\n", "../../..", 1, None]),
     ("crc", [[], [0], [0] * 14, None, {}, "0" * 13, HUGE]),
     ("chunks", [[], ["foreign"], ["foreign"] * 13, None, {}, "c" * 13, [1] * 13]),
-    ("sha256", [None, 5, "", ["0" * 64]]),
+    ("blake3", [None, 5, "", ["0" * 64]]),
 ]
 
 

@@ -18,10 +18,10 @@ from pydicom.pixels import iter_pixels, pixel_array
 
 from demo.cine import write_sample_cine
 from demo.slide import write_sample_slide
+from dicomstore import DicomStore
 from dicomstore.blobs.manifest import DEFAULT_CHUNK_SIZE, Manifest, plan_tail
 from dicomstore.blobs.reader import ChunkReader
 from dicomstore.errors import NotDicomError
-from dicomstore.store import DicomStore
 
 SLIDE_BYTES = 20_000_000
 FRAMES, FRAME_BYTES = 400, 512 * 1024

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import dicom
 
+from dicomstore import DicomStore
 from dicomstore.blobs.manifest import Manifest, plan_tail
 from dicomstore.blobs.reader import ChunkReader
 from dicomstore.errors import AmbiguousNameError, DamagedError, MissingChunkError, NotStoredError
-from dicomstore.store import DicomStore
 
 RANDOM = np.random.default_rng(4).bytes(1 << 20)
 

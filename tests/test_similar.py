@@ -15,9 +15,9 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from samples import dicom
 
+from dicomstore import DicomStore
 from dicomstore.errors import NoThumbnailError, NotStoredError
-from dicomstore.imaging import header, rendering, thumbnail
-from dicomstore.store import DicomStore
+from dicomstore.imaging import header, rendering, thumbnail, values
 
 #: The only files of pydicom's with pixels that have no descriptor: cut off, not DICOM's encoding of
 #: what they say, a stray byte before them, or refused by the decoders.
@@ -32,9 +32,15 @@ UNDECODABLE = {
 
 
 @pytest.fixture
+def header_members(file):
+    """Return the searchable members of a DICOM file, or None."""
+    elements = header.read(file)
+    return None if elements is None else header.searchable(elements)
+
+
 def store(client):
     """A store that makes descriptors."""
-    return DicomStore(client, progress=False, descriptors=True)
+    return DicomStore(client, progress=False, thumbnails=True)
 
 
 def grey(image, *, frames=1, photometric="MONOCHROME2", **attributes):
@@ -61,7 +67,7 @@ def grey(image, *, frames=1, photometric="MONOCHROME2", **attributes):
 
 
 def descriptor_of(content):
-    return thumbnail.of_file(io.BytesIO(content), header.describe(io.BytesIO(content)))
+    return thumbnail.of_file(io.BytesIO(content), header_members(io.BytesIO(content)))
 
 
 def ramp(rows=64, columns=64):
@@ -78,16 +84,16 @@ def test_every_image_of_the_corpus_has_one():
         if not path.is_file():
             continue
         content = path.read_bytes()
-        members = header.describe(io.BytesIO(content))
+        members = header_members(io.BytesIO(content))
         if members is None:
             continue
         found = thumbnail.of_file(io.BytesIO(content), members)
         try:
             dataset = rendering.read_dataset(content)
             frame = int(members.get("numberOfFrames", 1)) // 2
-            with header.quietly():
+            with values.quietly():
                 expected = thumbnail.of_array(rendering.render(dataset, frame))
-        except header.UNREADABLE:
+        except values.UNREADABLE:
             assert found is None or path.name == "emri_small_jpeg_2k_lossless_too_short.dcm"
             continue
         if found is None:
@@ -141,7 +147,7 @@ def test_only_one_frame_is_read():
             return piece
 
     file = Counting(content)
-    members = header.describe(io.BytesIO(content))
+    members = header_members(io.BytesIO(content))
     assert thumbnail.of_file(file, members) == [0] * thumbnail.DIMENSIONS
     assert file.total < len(content) / 20
 
@@ -166,8 +172,8 @@ def test_what_does_not_fit_together_has_none(store, attributes):
     content = grey(ramp(), **attributes)
     store.put("a", content)
     assert store.read("a") == content
-    found = store._members("file:a", ("descriptor", "size"))
-    assert "descriptor" not in found or len(found["descriptor"]) == thumbnail.DIMENSIONS
+    found = store._members("file:a", ("thumbnail", "size"))
+    assert "thumbnail" not in found or len(found["thumbnail"]) == thumbnail.DIMENSIONS
     assert len(store.find()) == 1
 
 
@@ -180,7 +186,7 @@ def test_damaged_files_have_none_or_a_whole_one(data):
     for _ in range(data.draw(st.integers(1, 8))):
         content[data.draw(st.integers(132, len(content) - 1))] = data.draw(st.integers(0, 255))
     del content[data.draw(st.integers(140, len(content))) :]
-    members = header.describe(io.BytesIO(content))
+    members = header_members(io.BytesIO(content))
     if members is not None:
         found = thumbnail.of_file(io.BytesIO(content), members)
         assert found is None or len(found) == thumbnail.DIMENSIONS
@@ -247,9 +253,9 @@ def test_it_is_the_exact_nearest(store):
     store.load(PYDICOM_FILES)
     everything = store.find()
     vectors = {
-        key: np.array(members["descriptor"])
+        key: np.array(members["thumbnail"])
         for key in everything["key"]
-        if "descriptor" in (members := store._members(key, ("descriptor", "size")))
+        if "thumbnail" in (members := store._members(key, ("thumbnail", "size")))
     }
     assert len(vectors) > 80
     everything = everything.set_index("key")
@@ -268,7 +274,7 @@ def test_it_is_the_exact_nearest(store):
 def test_what_has_no_pixels_says_so(store, client):
     """Without pixels, or with descriptors turned off, similar says why; search goes on."""
     store.put("none", dicom(Modality="CT"))
-    DicomStore(client, progress=False, descriptors=False).put("off", grey(ramp()))
+    DicomStore(client, progress=False, thumbnails=False).put("off", grey(ramp()))
     store.put("image", grey(ramp()))
     for name in ("none", "off"):
         with pytest.raises(NoThumbnailError, match=f"file:{name} .*no pixels"):

@@ -1,6 +1,5 @@
 """Files into Redis and back: fidelity, the report, the keys, the index, round trips, races."""
 
-import hashlib
 import io
 import json
 import os
@@ -16,10 +15,12 @@ import pandas as pd
 import pydicom
 import pytest
 import redis
+from blake3 import blake3
 from conftest import PYDICOM_DATA, PYDICOM_FILES
 from samples import PREAMBLE, dicom, element, sha256_of
 
 import dicomstore.store as store_module
+from dicomstore import DicomStore, connect
 from dicomstore.blobs import manifest
 from dicomstore.errors import (
     DicomRedisError,
@@ -31,7 +32,6 @@ from dicomstore.errors import (
     ServerError,
 )
 from dicomstore.server.embedded import RedisServer
-from dicomstore.store import DicomStore, connect
 
 PUBLISHED_COUNTS = {
     "ANGIO Projected from C": 7,
@@ -320,7 +320,7 @@ class WithHook(DicomStore):
 @pytest.mark.parametrize("change", ["grown", "cut", "rewritten"])
 def test_a_file_that_changes_while_it_is_read_is_not_stored(client, tmp_path, monkeypatch, change):
     """A large file that changes under the load is skipped with that reason, leaving nothing."""
-    monkeypatch.setattr("dicomstore.store.BATCH_BYTES", 4000)
+    monkeypatch.setattr("dicomstore.blobs.manifest.BATCH_BYTES", 4000)
     monkeypatch.setattr("dicomstore.blobs.manifest.BATCH_BYTES", 4000)
     monkeypatch.setattr("dicomstore.loading.BATCH_BYTES", 4000)
     path = tmp_path / "a.dcm"
@@ -454,7 +454,7 @@ def test_keys_and_members_are_as_designed(client):
     assert document == {
         "imageName": "{1}%.dcm",
         "size": len(image),
-        "sha256": hashlib.sha256(image).hexdigest(),
+        "blake3": blake3(image).hexdigest(),
         "version": version,
         "chunkSize": 3000,
         "tail": [len(piece) for piece in pieces[3:]],
@@ -705,7 +705,7 @@ def test_the_lease_is_renewed(client, monkeypatch, forked):
 
     After a fork as well, which leaves of the thread that renews leases only its object.
     """
-    monkeypatch.setattr("dicomstore.store.LEASE_MS", 300)
+    monkeypatch.setattr("dicomstore.blobs.versions.LEASE_MS", 300)
     store, versions = WithHook(client, progress=False), []
 
     def linger(manifest):

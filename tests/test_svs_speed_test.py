@@ -13,7 +13,7 @@ import pytest
 
 import svs_speed_test
 from demo.slide import write_sample_slide
-from dicomstore.store import DicomStore
+from dicomstore import DicomStore
 
 SCRIPT = Path(svs_speed_test.__file__)
 

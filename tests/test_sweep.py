@@ -8,7 +8,7 @@ import pytest
 from samples import dicom
 
 import dicomstore.store as store_module
-from dicomstore.store import DicomStore, connect
+from dicomstore import DicomStore, connect
 
 VERSION = "0123456789ab"
 
@@ -20,7 +20,7 @@ def small(client):
 
 @pytest.fixture
 def short_lease(monkeypatch):
-    monkeypatch.setattr("dicomstore.store.LEASE_MS", 300)
+    monkeypatch.setattr("dicomstore.blobs.versions.LEASE_MS", 300)
 
 
 def test_chunks_that_no_document_names_are_swept(small, client):
@@ -141,7 +141,7 @@ def test_a_sweep_that_cannot_read_documents_removes_nothing(small, client, serve
 
 def test_pages_of_a_sweep(small, client, monkeypatch):
     """A sweep takes the keys page by page, and a version may lie in several pages."""
-    monkeypatch.setattr("dicomstore.store.SWEEP_PAGE", 7)
+    monkeypatch.setattr("dicomstore.blobs.versions.SWEEP_PAGE", 7)
     for number in range(40):
         client.set(f"chunk:file:{number % 3}:{VERSION}:{number}", bytes(10))
     small.put("kept", dicom(pixels=bytes(30_000)))

@@ -1,4 +1,4 @@
-"""How a file lies in Redis: its keys, its chunks, its document; computed, without a server."""
+"""How a file lies in Redis: its chunk plan and its manifest; computed, without a server."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dicomstore.errors import DamagedError
+from dicomstore.errors import LOAD_AGAIN, DamagedError
 from dicomstore.keys import CHUNK_PREFIX, path_of, shown_path
 
 #: Redis rounds a value up to an allocator class, four a doubling; a payload of exactly 2^n bytes
@@ -16,10 +16,12 @@ DEFAULT_CHUNK_SIZE = 262_080
 #: A command or pipeline carries no more than this (bytes): larger ones double the server's memory
 #: and meet its 1 GB limit on a client's query buffer.
 BATCH_BYTES = 16 * 1024 * 1024
-KEYS_PER_COMMAND = 1000
-#: What says how a file is cut, and all that says how it is stored.
+#: Strings that a version may have beside its chunks: where its frames lie, and its data set as
+#: DICOM JSON, compressed.
+ATTACHMENTS = ("frames", "json")
+#: The members of a document that say how the file is cut, and all that say how it is stored.
 MANIFEST_MEMBERS = ("size", "version", "chunkSize", "tail")
-STORAGE_MEMBERS = (*MANIFEST_MEMBERS, "imageName", "sha256", "crc", "chunks")
+STORAGE_MEMBERS = (*MANIFEST_MEMBERS, "imageName", "blake3", "crc", "chunks")
 
 
 def _allocated(payload: int) -> int:
@@ -57,7 +59,7 @@ def plan_tail(size: int, chunk_size: int) -> tuple[int, ...]:
     return (rest,)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """Where the bytes of one version of a file lie: chunk keys and offsets, computed."""
 
@@ -78,9 +80,22 @@ class Manifest:
 
     def chunk_keys(self, numbers: Sequence[int] | None = None) -> list[str]:
         """Return the keys of the chunks `numbers`, of all by default."""
-        prefix = self.chunk_key(0)[:-1]
+        prefix = f"{CHUNK_PREFIX}{self.key}:{self.version}:"
         wanted = range(self.count) if numbers is None else numbers
         return [f"{prefix}{number}" for number in wanted]
+
+    def attachment_key(self, name: str) -> str:
+        """Return the key of one of the ``ATTACHMENTS``."""
+        return f"{CHUNK_PREFIX}{self.key}:{self.version}:{name}"
+
+    @property
+    def lease(self) -> str:
+        """The key that says that this version is being loaded."""
+        return f"{CHUNK_PREFIX}{{{self.key}}}:{self.version}"
+
+    def all_keys(self) -> list[str]:
+        """Return every key that this version may have, its document's excepted."""
+        return [*self.chunk_keys(), *map(self.attachment_key, ATTACHMENTS), self.lease]
 
     def length(self, number: int) -> int:
         """Return the length of chunk `number` in bytes."""
@@ -99,16 +114,14 @@ class Manifest:
             return position // self.chunk_size
         return full + (position >= full * self.chunk_size + self.tail[0])
 
-    def chunks(self) -> list[tuple[bytes, int]]:
-        """Return key and length of every chunk, in order."""
-        full = self.size // self.chunk_size
-        lengths = [self.chunk_size] * full + list(self.tail)
-        return [(key.encode(), n) for key, n in zip(self.chunk_keys(), lengths, strict=True)]
-
-    @property
-    def lease(self) -> str:
-        """The key that says that this version is being loaded."""
-        return f"{CHUNK_PREFIX}{{{self.key}}}:{self.version}"
+    def chunks(self, numbers: Sequence[int] | None = None) -> list[tuple[bytes, int]]:
+        """Return key and length of the chunks `numbers`, of all by default, in order."""
+        if numbers is None:
+            lengths = [self.chunk_size] * (self.size // self.chunk_size) + list(self.tail)
+        else:
+            lengths = [self.length(number) for number in numbers]
+        keys = self.chunk_keys(numbers)
+        return [(key.encode(), length) for key, length in zip(keys, lengths, strict=True)]
 
     def batches(self) -> Iterator[range]:
         """Yield the chunk numbers in order, in runs of at most ``BATCH_BYTES``."""
@@ -117,12 +130,21 @@ class Manifest:
             yield range(first, min(first + step, self.count))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Document:
-    """What a reader needs of a stored document."""
+    """What a document says of how its file is stored.
+
+    Attributes
+    ----------
+    manifest : Manifest
+    blake3 : str
+        Of the whole file, in hexadecimal.
+    crc : sequence of int
+        The CRC-32 of each chunk.
+    """
 
     manifest: Manifest
-    sha256: str
+    blake3: str
     crc: Sequence[int] = field(repr=False)
 
     @property
@@ -131,51 +153,45 @@ class Document:
 
 
 def parse_manifest(key: str, members: Mapping[str, Any]) -> Manifest:
-    """Return the manifest that a document's scalars describe, after checking that they agree."""
-    manifest = Manifest(
-        key,
-        str(members.get("version")),
-        _natural(members.get("size")),
-        _natural(members.get("chunkSize")),
-        tuple(_natural(length) for length in _list(members.get("tail"))),
-    )
+    """Return the manifest that a document's scalars give, after checking that they agree."""
+    version, size, chunk_size = (members.get(name) for name in ("version", "size", "chunkSize"))
+    tail = members.get("tail")
     sound = (
-        re.fullmatch("[0-9a-f]{12}", manifest.version)
-        and manifest.size >= 0
-        and manifest.chunk_size > 0
-        and len(manifest.tail) <= 2
-        and all(length > 0 for length in manifest.tail)
-        and sum(manifest.tail) == manifest.size % manifest.chunk_size
+        isinstance(version, str)
+        and re.fullmatch("[0-9a-f]{12}", version)
+        and _is_natural(size)
+        and _is_natural(chunk_size)
+        and chunk_size
+        and isinstance(tail, list)
+        and len(tail) <= 2
+        and all(_is_natural(length) and length for length in tail)
+        and sum(tail) == size % chunk_size
     )
     if not sound:
         raise _disagreement(key)
-    return manifest
+    return Manifest(key, str(version), size, chunk_size, tuple(tail))  # type: ignore[arg-type]
 
 
 def parse_document(key: str, members: Mapping[str, Any]) -> Document:
     """Return the document, after checking that its members agree with one another."""
     manifest = parse_manifest(key, members)
-    sha256 = str(members.get("sha256"))
-    crc, chunks = _list(members.get("crc")), _list(members.get("chunks"))
+    blake3, crc, chunks = (members.get(name) for name in ("blake3", "crc", "chunks"))
     # An edited name would let a look-up by imageName end at this file.
     named = members.get("imageName") == shown_path(path_of(key).rpartition("/")[2])
-    counted = len(crc) == len(chunks) == manifest.count and re.fullmatch("[0-9a-f]{64}", sha256)
-    # Nothing but this very file's own keys: no document can point at a foreign one.
+    digest = isinstance(blake3, str) and re.fullmatch("[0-9a-f]{64}", blake3)
+    counted = isinstance(crc, list) and len(crc) == manifest.count and digest
+    # Only this file's own keys: no document can point at a foreign one.
     if not named or not counted or chunks != manifest.chunk_keys():
         raise _disagreement(key)
-    return Document(manifest, sha256, crc)
+    return Document(manifest, str(blake3), crc or ())
 
 
 def _disagreement(key: str) -> DamagedError:
     return DamagedError(
         f"The document {shown_path(key)} is damaged: its imageName, size, chunkSize, tail, crc and "
-        "chunks do not agree. Load the file again."
+        f"chunks do not agree. {LOAD_AGAIN}"
     )
 
 
-def _natural(value: Any) -> int:
-    return value if isinstance(value, int) and value >= 0 else -1
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
+def _is_natural(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from operator import index
 from typing import Any
 
-from dicomstore.blobs.manifest import BATCH_BYTES, KEYS_PER_COMMAND, Manifest
+from dicomstore.blobs.manifest import BATCH_BYTES, Manifest
 from dicomstore.errors import DicomRedisError
+from dicomstore.server.connection import KEYS_PER_COMMAND
 
 #: Chunks kept by default (bytes): a slide reader comes back to the same ones.
 CACHE_BYTES = 64 * 1024 * 1024

@@ -1,20 +1,24 @@
-"""Processes that say what files are: headers read and pixels decoded, on all cores.
+"""What files are: their headers, thumbnails and slide properties, found out by worker processes.
 
 The decoders of compressed pixels, and OpenSlide, are C libraries that a file made to harm can keep
-busy for ever or bring down. Here that ends one worker, and its file is known by its header alone.
+busy for ever or bring down. In a worker (worker.py) that costs one process, and its file is known
+by its header only. Few headers are read in this process, in plain Python: a worker takes half a
+second to start.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
-import faulthandler
 import io
 import itertools
 import json
+import math
 import os
 import queue
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -23,23 +27,14 @@ from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-import psutil
-
 from dicomstore.errors import WorkerError
-from dicomstore.imaging import header, slide, thumbnail
+from dicomstore.imaging import frames, header, metadata, slide, values
 
 Item = TypeVar("Item")
 File = Path | bytes  # a file, or what it would hold
 
-#: So much processor time (s) a worker may spend on a file, and more for each MiB of it.
-CPU_LIMIT_S = 1.0
-CPU_S_PER_MIB = 1.0
-#: So long (s) it may be at a file in all, waiting for disks and for other processes among it.
-TIME_LIMIT_S = 60
-#: So much memory (bytes) a worker may take beside what it needs to be there.
-MEMORY_LIMIT = 300 * 1024**2
-#: Fewer files have been described before workers have started.
-WORTH_WORKERS = 64
+#: Fewer headers have been read here before workers have started.
+WORTH_WORKERS = 400
 MOST_WORKERS = 8
 #: So many files wait at a worker, so that it does not wait for the next: headers are quickly read.
 HEADERS_AHEAD = 8
@@ -47,9 +42,12 @@ PIXELS_AHEAD = 2
 PROJECT = Path(__file__).resolve().parents[2]
 WORKER = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
-    "from dicomstore.imaging.describing import main; main()"
+    "from dicomstore.imaging.worker import main; main()"
 )
-WITHOUT_WORKERS = "Load with descriptors=False, or allow more memory and more processes."
+TOO_MUCH = "This file is not DICOM, and OpenSlide crashes on it or takes too long."
+NO_WORKER = (
+    "cannot start. Allow more memory and more processes, or load DICOM files with thumbnails=False."
+)
 
 
 class Description(NamedTuple):
@@ -59,18 +57,28 @@ class Description(NamedTuple):
     ----------
     members : dict or None
         The searchable part of its document; None if it is neither DICOM nor a slide.
-    descriptor : list of int or None
-        As :func:`thumbnail.of_file` makes it; None if it was not asked for, or has none.
+    thumbnail : list of int or None
+        As :func:`thumbnail.of_file` makes it; None if it was not asked for, or cannot be made.
     modified : int or None
-        When it had been modified last as it was opened, in ns; None for content in memory.
+        When the file was last modified before it was read, in ns; None for content in memory.
     given_up : bool
-        Whether its pixels were too much for a worker.
+        Whether the pixels were too much for a worker.
+    attachments : dict of bytes
+        What is stored beside the chunks: ``json`` as :func:`metadata.compressed_json` and
+        ``frames`` as :func:`frames.locate` make it.
     """
 
     members: dict[str, Any] | None
-    descriptor: list[int] | None
+    thumbnail: list[int] | None
     modified: int | None
-    given_up: bool = False
+    given_up: bool
+    attachments: dict[str, bytes]
+
+
+class _Task(NamedTuple):
+    item: Any
+    file: File
+    only_header: bool = False
 
 
 def describe_all(
@@ -85,7 +93,7 @@ def describe_all(
     count : int
         How many they are at most.
     pixels : bool
-        Whether to decode a frame of each for its descriptor.
+        Whether to decode a frame of each for its thumbnail.
 
     Yields
     ------
@@ -94,81 +102,146 @@ def describe_all(
     Raises
     ------
     WorkerError
-        If pixels are wanted and no process can be started.
+        If a worker is needed and no process can be started.
     """
-    waiting = iter(files)
-    answers: queue.SimpleQueue[tuple[_Worker, bytes]] = queue.SimpleQueue()
-    ahead = PIXELS_AHEAD if pixels else HEADERS_AHEAD
-    own_part = 0 if pixels else 1  # this process reads headers as well
-    wanted = max(1, _cores() - own_part) if pixels or count >= WORTH_WORKERS else 0
-    with _team(min(wanted, count), answers, needed=pixels) as team:
-        while True:
-            for worker in sorted(team, key=lambda each: len(each.asked)):
-                if len(worker.asked) <= ahead // 2:
-                    worker.ask(list(itertools.islice(waiting, ahead - len(worker.asked))), pixels)
-            # While the workers are busy, or start, this process does a part; but decodes nothing.
-            if not pixels and answers.empty() and (following := next(waiting, None)):
-                item, file = following
-                yield item, _described_here(file)
-                continue
-            if not any(worker.asked for worker in team):
-                return
-            worker, line = answers.get()
-            if line:
-                item, file = worker.asked.popleft()
-                worker.answered += 1
-                answer = json.loads(line)
-                yield item, Description(*answer) if answer else _described_here(file)
-            elif worker in team:
-                team.remove(worker)
-                worker.end()
-                if worker.ready:
-                    if worker.asked and worker.has_failed_at_the_first():
-                        item, file = worker.asked.popleft()
-                        yield item, _by_header_alone(file)
-                    team.append(_Worker(answers))
-                    team[-1].ask(worker.asked, pixels)
-                elif pixels and not team:
-                    raise WorkerError(f"A worker ends as it starts. {WITHOUT_WORKERS}")
-                else:
-                    waiting = itertools.chain(worker.asked, waiting)
+    tasks = (_Task(item, file) for item, file in files)
+    if pixels or count >= WORTH_WORKERS:
+        yield from _described_by_workers(tasks, count, pixels)
+        return
+    for task in tasks:
+        answer = _described_here(task.file)
+        if answer is None:
+            yield from _described_by_workers(iter([task]), 1, False)
+        else:
+            yield task.item, answer
 
 
-def _describe(file: File, pixels: bool) -> Description:
-    with _opened(file) as (opened, modified):
-        members = header.describe(opened)
-        if members is None and isinstance(file, Path):
-            members = slide.describe(file)
-        seen = thumbnail.of_file(opened, members) if pixels and members else None
-        return Description(members, seen, modified)
+def by_header(file: BinaryIO, modified: int | None) -> Description:
+    """Describe an open file by its header, in plain Python.
 
-
-def _described_here(file: File) -> Description | OSError:
-    try:
-        return _describe(file, False)
-    except OSError as error:
-        return error
-
-
-def _by_header_alone(file: File) -> Description | OSError:
-    """Describe what was too much for a worker, with Python alone."""
-    try:
-        with _opened(file) as (opened, modified):
-            members = header.describe(opened)
-    except OSError as error:
-        return error
-    if members is None:
-        return OSError(errno.EIO, "no DICOM, and as a slide it is too much for OpenSlide")
-    return Description(members, None, modified, given_up=True)
+    Raises
+    ------
+    values.OddTextError
+        As for :func:`values.from_bytes`.
+    """
+    elements = header.read(file)
+    if elements is None:
+        return Description(None, None, modified, False, {})
+    members = header.searchable(elements)
+    attachments = {}
+    where, table = frames.locate(file, members)
+    if where is not None:
+        members["frames"] = where
+    if table is not None:
+        attachments["frames"] = table
+    if json := metadata.compressed_json(elements):
+        attachments["json"] = json
+    return Description(members, None, modified, False, attachments)
 
 
 @contextlib.contextmanager
-def _opened(file: File) -> Iterator[tuple[Any, int | None]]:
+def opened(file: File) -> Iterator[tuple[BinaryIO, int | None]]:
+    """Open a file, and say when it was last modified (ns)."""
     if isinstance(file, bytes):
         yield io.BytesIO(file), None
     else:
-        with open(file, "rb") as opened:
-            yield opened, os.fstat(opened.fileno()).st_mtime_ns
+        with open(file, "rb") as stream:
+            yield stream, os.fstat(stream.fileno()).st_mtime_ns
+
+
+def _described_here(file: File) -> Description | OSError | None:
+    """Describe a file in this process; None if that needs a worker."""
+    try:
+        with opened(file) as (stream, modified):
+            description = by_header(stream, modified)
+            if description.members is None and isinstance(file, Path):
+                return None if slide.begins_like_a_slide(stream) else description
+            return description
+    except (values.OddTextError, Warning):  # a Warning where those are made errors
+        return None
+    except OSError as error:
+        return error
+
+
+def _described_by_workers(
+    waiting: Iterator[_Task], count: int, pixels: bool
+) -> Generator[tuple[Any, Description | OSError]]:
+    answers: queue.SimpleQueue[tuple[_Worker, Description | OSError | None]] = queue.SimpleQueue()
+    ahead = PIXELS_AHEAD if pixels else HEADERS_AHEAD
+    with _team(min(cores(), count), answers) as team:
+        while team:
+            for worker in sorted(team, key=lambda each: len(each.asked)):
+                if len(worker.asked) <= ahead // 2:
+                    worker.ask(list(itertools.islice(waiting, ahead - len(worker.asked))), pixels)
+            if not any(worker.asked for worker in team):
+                return
+            worker, answer = answers.get()
+            if answer is not None:
+                task = worker.asked.popleft()
+                worker.answered += 1
+                if task.only_header and isinstance(answer, Description):
+                    is_dicom = answer.members is not None
+                    answer = answer._replace(given_up=True) if is_dicom else _too_much()
+                yield task.item, answer
+            elif worker in team:
+                team.remove(worker)
+                worker.end()
+                left = worker.asked
+                if not worker.ready:
+                    waiting = itertools.chain(left, waiting)
+                    continue
+                if left and worker.has_failed():
+                    task = left.popleft()
+                    if task.only_header:
+                        yield task.item, _too_much()
+                    else:
+                        left.appendleft(task._replace(only_header=True))
+                team.append(_Worker(answers))
+                team[-1].ask(left, pixels)
+    for task in waiting:  # no worker can start
+        here = None if pixels else _described_here(task.file)
+        if here is None:
+            raise WorkerError(f"A worker process {NO_WORKER}")
+        yield task.item, here
+
+
+def _too_much() -> OSError:
+    return OSError(errno.EIO, TOO_MUCH)
+
+
+# --- messages ------------------------------------------------------------------------------------
+
+_LENGTHS = struct.Struct("<IQ")
+
+
+def send(pipe: io.FileIO, message: Any, content: bytes = b"") -> None:
+    """Write a message, as JSON, and `content`."""
+    text = json.dumps(message).encode()
+    for piece in (_LENGTHS.pack(len(text), len(content)) + text, content):
+        rest = memoryview(piece)
+        while rest:
+            rest = rest[pipe.write(rest) :]
+
+
+def receive(pipe: io.FileIO) -> tuple[Any, bytes] | None:
+    """Read what :func:`send` wrote; None if the other process has ended, whatever it was at."""
+    head = _exactly(pipe, _LENGTHS.size)
+    if head is None:
+        return None
+    text_length, content_length = _LENGTHS.unpack(head)
+    text, content = _exactly(pipe, text_length), _exactly(pipe, content_length)
+    return None if text is None or content is None else (json.loads(text), content)
+
+
+def _exactly(pipe: io.FileIO, size: int) -> bytes | None:
+    content = bytearray(size)
+    rest = memoryview(content)
+    while rest:
+        count = pipe.readinto(rest)
+        if not count:
+            return None
+        rest = rest[count:]
+    return bytes(content)
 
 
 # --- the processes -------------------------------------------------------------------------------
@@ -177,73 +250,104 @@ def _opened(file: File) -> Iterator[tuple[Any, int | None]]:
 class _Worker:
     """One process, and the files that it has been asked about and has not answered yet."""
 
-    def __init__(self, answers: queue.SimpleQueue[tuple[_Worker, bytes]]) -> None:
+    def __init__(
+        self, answers: queue.SimpleQueue[tuple[_Worker, Description | OSError | None]]
+    ) -> None:
         self.answers = answers
-        self.asked: deque[tuple[Any, File]] = deque()
+        self.asked: deque[_Task] = deque()
         self.answered = 0
         self.ready = self.ended = False
-        try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", WORKER, os.fspath(PROJECT)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-            )
-        except OSError as error:
-            raise WorkerError(f"No worker can start: {error}. {WITHOUT_WORKERS}") from error
+        with _forks:
+            try:
+                # Without buffers, so that a fork never waits for their locks.
+                self.process = subprocess.Popen(
+                    [sys.executable, "-c", WORKER, os.fspath(PROJECT)],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                    bufsize=0,
+                )  # fmt: skip
+            except OSError as error:
+                raise WorkerError(f"A worker process {NO_WORKER}") from error
+            _living.add(self)
         self._listener = threading.Thread(target=self._listen, name="workers", daemon=True)
         self._listener.start()
 
-    def _listen(self) -> None:
-        assert self.process.stdout is not None
-        self.ready = bool(self.process.stdout.readline())
-        for line in self.process.stdout:
-            if line.endswith(b"\n"):  # not of a worker that was killed in the middle of it
-                self.answers.put((self, line))
-        self.ended = True  # and then say so: _team looks at it after it has set `answers`
-        self.answers.put((self, b""))
-
-    def has_failed_at_the_first(self) -> bool:
-        """Whether it ended for the file that it was at, not for what earlier ones left behind."""
-        return not self.answered or self.process.returncode == -getattr(signal, "SIGPROF", 0)
-
-    def ask(self, files: Iterable[tuple[Any, File]], pixels: bool) -> None:
-        assert self.process.stdin is not None
-        self.asked += files
-        with contextlib.suppress(BrokenPipeError):  # then it has ended, which _listen notices
-            for _, file in files:
-                content = file if isinstance(file, bytes) else b""
+    def ask(self, tasks: Iterable[_Task], pixels: bool) -> None:
+        requests = list(tasks)
+        self.asked.extend(requests)
+        with contextlib.suppress(OSError, ValueError):  # it has ended, which _listen notices
+            for _, file, only_header in requests:
                 path = "" if isinstance(file, bytes) else os.path.abspath(file)
-                request = json.dumps([path, len(content), pixels])
-                self.process.stdin.write(request.encode() + b"\n")
-                self.process.stdin.write(content)
-            self.process.stdin.flush()
+                content = file if isinstance(file, bytes) else b""
+                send(self._stdin, [path, pixels, only_header], content)
+
+    def has_failed(self) -> bool:
+        """Whether it ended for the file that it was at, not for what earlier ones left behind."""
+        code = self.process.returncode
+        return code != 0 and (not self.answered or code == -getattr(signal, "SIGPROF", 0))
 
     def end(self) -> None:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.kill()
+        """End the process now."""
+        if self in _living:  # not in a fork of the process that it belongs to
+            self.process.kill()
+            self._listener.join()
+            self.close()
+
+    def close(self) -> None:
+        """Close the pipes, which ends a process that has nothing to do."""
+        self._stdin.close()
+        self._stdout.close()
+        _living.discard(self)
+
+    def _listen(self) -> None:
+        while message := receive(self._stdout):
+            if self.ready:
+                self.answers.put((self, _answer(*message)))
+            self.ready = True
         self.process.wait()
-        self._listener.join()
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self.process.stdout.close()
+        self.ended = True  # and then say so: _team looks at it after it has set `answers`
+        self.answers.put((self, None))
+        with contextlib.suppress(ValueError):  # it is not idle: who asks it notices
+            _idle.remove(self)
+            self.close()
+
+    @property
+    def _stdin(self) -> io.FileIO:
+        return self.process.stdin  # type: ignore[return-value]
+
+    @property
+    def _stdout(self) -> io.FileIO:
+        return self.process.stdout  # type: ignore[return-value]
 
 
-#: Workers without work, by the process that they belong to: a fork has none.
-_idle: dict[int, list[_Worker]] = {}
+def _answer(message: Any, content: bytes) -> Description | OSError:
+    if "errno" in message:
+        return OSError(message["errno"], message["strerror"], message["filename"])
+    attachments, start = {}, 0
+    for name, length in message.pop("attachments").items():
+        attachments[name] = content[start : start + length]
+        start += length
+    return Description(**message, attachments=attachments)
+
+
+#: The workers of this process: those without work, and all.
+_idle: list[_Worker] = []
+_living: set[_Worker] = set()
+_forks = threading.RLock()
 
 
 @contextlib.contextmanager
 def _team(
-    count: int, answers: queue.SimpleQueue[tuple[_Worker, bytes]], *, needed: bool
+    count: int, answers: queue.SimpleQueue[tuple[_Worker, Description | OSError | None]]
 ) -> Iterator[list[_Worker]]:
-    """Lend `count` workers, which stay for the next who wants some; fewer unless `needed`."""
-    idle = _idle.setdefault(os.getpid(), [])
+    """Lend up to `count` workers, which are then kept for the next load."""
     team: list[_Worker] = []
     try:
-        with contextlib.nullcontext() if needed else contextlib.suppress(WorkerError):
+        with contextlib.suppress(WorkerError):
             while len(team) < count:
-                worker = idle.pop() if idle else _Worker(answers)
+                try:
+                    worker = _idle.pop()
+                except IndexError:
+                    worker = _Worker(answers)
                 worker.answers = answers
                 if worker.ended:
                     worker.end()
@@ -252,52 +356,65 @@ def _team(
         yield team
     finally:
         for worker in team:
-            if worker.asked or worker.ended or len(idle) >= _cores():
+            if worker.asked or worker.ended or len(_idle) >= cores():
                 worker.end()
-            else:
-                idle.append(worker)
+            elif worker in _living:
+                _idle.append(worker)
 
 
-def _cores() -> int:
+def end_idle_workers() -> None:
+    """End the worker processes that have nothing to do; others start when they are needed."""
+    while _idle:
+        with contextlib.suppress(IndexError):
+            _idle.pop().end()
+
+
+def _forget_workers() -> None:
+    """Leave the workers to the process that this one was forked from."""
+    _forks.release()
+    for worker in list(_living):
+        worker.close()
+    _idle.clear()
+
+
+atexit.register(end_idle_workers)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_forks.acquire, after_in_parent=_forks.release, after_in_child=_forget_workers
+    )
+
+
+# --- processors ----------------------------------------------------------------------------------
+
+
+def cores(root: Path = Path("/")) -> int:
+    """Return how many processors this process may use, at most ``MOST_WORKERS``.
+
+    Parameters
+    ----------
+    root : Path, optional
+        Where ``proc`` and ``sys`` are found, to read what a container may use.
+    """
     allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    return min(allowed or 1, MOST_WORKERS)
+    return max(1, math.ceil(min(allowed or 1, MOST_WORKERS, _quota(root))))
 
 
-@contextlib.contextmanager
-def _limited(file: File, nowhere: BinaryIO) -> Iterator[None]:
-    """End this process if the block takes too long, also where a library never returns."""
-    size = file.stat().st_size if isinstance(file, Path) else len(file)
-    faulthandler.dump_traceback_later(TIME_LIMIT_S, exit=True, file=nowhere)
-    if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_PROF, CPU_LIMIT_S + CPU_S_PER_MIB * size / 1024**2)
-    try:
-        yield
-    finally:
-        if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_PROF, 0)
-        faulthandler.cancel_dump_traceback_later()
-
-
-def main() -> None:
-    """Answer requests, one JSON line each, until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the asking process that Ctrl-C interrupts
-    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # a library that prints must not answer
-    if sys.platform == "linux":
-        import resource
-
-        limit = psutil.Process().memory_info().vms + MEMORY_LIMIT
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    answers.write(b"ready\n")
-    answers.flush()
-    with open(os.devnull, "wb") as nowhere:
-        for line in requests:
-            path, size, pixels = json.loads(line)
-            file = Path(path) if path else requests.read(size)
-            try:
-                with _limited(file, nowhere):
-                    answer: Description | None = _describe(file, pixels)
-            except OSError:
-                answer = None  # the asking process tries, and sees why
-            answers.write(json.dumps(answer).encode() + b"\n")
-            answers.flush()
+def _quota(root: Path) -> float:
+    """Return the processors that the control groups of this process allow, or infinity."""
+    groups = {Path()}
+    with contextlib.suppress(OSError, ValueError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            own = Path(line.split(":", 2)[2].lstrip("/"))
+            groups |= {own, *own.parents}
+    base, found = root / "sys/fs/cgroup", [math.inf]
+    for group in groups:
+        with contextlib.suppress(OSError, ValueError):  # no limit reads "max", and is no number
+            quota, period = map(int, (base / group / "cpu.max").read_text().split())
+            found.append(quota / period)
+        for controller in ("cpu", "cpu,cpuacct"):
+            with contextlib.suppress(OSError, ValueError):
+                folder = base / controller / group
+                quota = int((folder / "cpu.cfs_quota_us").read_text())
+                period = int((folder / "cpu.cfs_period_us").read_text())
+                found.append(quota / period if quota > 0 else math.inf)
+    return min(found)

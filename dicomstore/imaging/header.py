@@ -7,27 +7,20 @@ that the DICOM dictionary calls for, or is left out.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
-import json
-import logging
 import math
 import re
-import struct
-import threading
-import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from datetime import date
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from pydicom import config, datadict
-from pydicom.dataelem import RawDataElement
+from pydicom import datadict
+from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
-from pydicom.errors import BytesLengthException
 from pydicom.filereader import read_dataset
-from pydicom.sequence import Sequence
+from pydicom.hooks import raw_element_vr
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
@@ -35,7 +28,12 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
 )
-from pydicom.values import convert_value, converters
+
+from dicomstore.imaging import values
+from dicomstore.imaging.values import BULK_VRS as BULK_VRS
+from dicomstore.imaging.values import NUMBER_VRS as NUMBER_VRS
+from dicomstore.imaging.values import UNREADABLE as UNREADABLE
+from dicomstore.imaging.values import quietly as quietly
 
 #: JSON text of the `header` member, in characters; the rest of a larger header is left out.
 HEADER_LIMIT = 64 * 1024
@@ -50,24 +48,11 @@ READS_LIMIT = 50_000
 HEAD_BYTES = 4096
 #: From Per-Frame Functional Groups Sequence on, a data set holds values per frame, then bulk data.
 FIRST_BULK_TAG = 0x52009230
+#: The first value of these is unsigned, whatever their VR says (PS3.3 C.7.6.3.1.5).
+LUT_DESCRIPTORS = frozenset([0x00281101, 0x00281102, 0x00281103, 0x00283002])
 
-NUMBER_VRS = frozenset(["DS", "FD", "FL", "IS", "SL", "SS", "SV", "UL", "US", "UV"])
-BULK_VRS = frozenset(["OB", "OD", "OF", "OL", "OV", "OW", "UN"])
-
-#: What pydicom raises for elements that break the standard, depending on where they do.
-UNREADABLE = (
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    BytesLengthException,
-    struct.error,
-    zlib.error,
-)
+Charsets = tuple[str, ...]
+Element = RawDataElement | DataElement
 
 
 # --- the indexed fields --------------------------------------------------------------------------
@@ -110,12 +95,19 @@ FIELDS = {
     "protocolName": Field("ProtocolName", "TAG", _folded),
     "patientSex": Field("PatientSex", "TAG", _text),
     "studyDate": Field("StudyDate", "NUMERIC", _date),
+    "studyTime": Field("StudyTime", "TAG", _text),
     "manufacturer": Field("Manufacturer", "TAG", lambda value: _text(value).upper()),
     "modality": Field("Modality", "TAG", _text),
     "patientID": Field("PatientID", "TAG", _text),
+    "patientName": Field("PatientName", "TAG", _text),
+    "accessionNumber": Field("AccessionNumber", "TAG", _text),
+    "studyID": Field("StudyID", "TAG", _text),
     "studyInstanceUID": Field("StudyInstanceUID", "TAG", _text),
     "seriesInstanceUID": Field("SeriesInstanceUID", "TAG", _text),
+    "seriesNumber": Field("SeriesNumber", "NUMERIC", _number),
     "sopInstanceUID": Field("SOPInstanceUID", "TAG", _text),
+    "sopClassUID": Field("SOPClassUID", "TAG", _text),
+    "instanceNumber": Field("InstanceNumber", "NUMERIC", _number),
     "studyDescription": Field("StudyDescription", "TAG", _text),
     "seriesDescription": Field("SeriesDescription", "TAG", _text),
     "bodyPartExamined": Field("BodyPartExamined", "TAG", _text),
@@ -126,53 +118,59 @@ FIELDS = {
 }
 
 
-def describe(file: BinaryIO) -> dict[str, Any] | None:
-    """Return the searchable part of a DICOM file's document, or None if it is not a DICOM file.
+class Elements(NamedTuple):
+    """The data elements of a file in front of its bulk data, and how the others can be read.
 
-    Parameters
+    Attributes
     ----------
-    file : binary file, seekable
-        Read from its beginning up to the bulk data; its position is not kept.
+    dataset : pydicom.Dataset
+        The values are raw; None is one that is longer than ``LONGEST_VALUE``.
+    meta : pydicom.Dataset
+        File meta information.
+    whole : bool
+        Whether all of them were readable.
+    file : binary file
+        The file, or its inflated data set.
+    position : int
+        Where in `file` the elements that have not been read begin.
+    """
+
+    dataset: Dataset
+    meta: Dataset
+    whole: bool
+    file: BinaryIO
+    position: int
+
+
+def searchable(elements: Elements) -> dict[str, Any]:
+    """Return the searchable part of a DICOM file's document.
 
     Returns
     -------
-    dict or None
+    dict
         The normalised fields of ``FIELDS`` that the file has; ``header``, its standard attributes
         by keyword; and ``headerPartial`` if some of them are missing there.
+
+    Raises
+    ------
+    values.OddTextError
+        If pydicom has to decode a text, and this is not within :func:`quietly`.
     """
-    with quietly():
-        start = dataset_start(file)
-        if start is None:
-            return None
-        dataset, whole = _read_header(file, start)
-        header = _Header(whole)
-        members = {}
-        for name, field in FIELDS.items():
-            value = header.value(dataset, Tag(field.keyword))
+    header = _Header(elements.whole)
+    members = {}
+    own = [(each, dict(each.items())) for each in (elements.dataset, elements.meta)]
+    for name, field in FIELDS.items():
+        tag = _tag(field.keyword)
+        for dataset, raw in own:
+            value = header.value(dataset, raw[tag]) if tag in raw else None
             converted = None if value is None else field.convert(value)
             if converted not in (None, ""):
                 members[name] = converted
-        members["header"] = header.attributes(dataset)
-        if header.partial:
-            members["headerPartial"] = True
-        return members
-
-
-_one_at_a_time = threading.Lock()
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Keep pydicom from warning and logging: it quotes values, which may be a patient's."""
-    # The settings are the whole process's, hence the lock.
-    with _one_at_a_time, warnings.catch_warnings(), config.disable_value_validation():
-        warnings.simplefilter("ignore")
-        level = config.logger.level
-        config.logger.setLevel(logging.CRITICAL + 1)
-        try:
-            yield
-        finally:
-            config.logger.setLevel(level)
+    attributes = header.attributes(elements.dataset)
+    members["header"] = attributes | header.attributes(elements.meta)
+    if header.partial:
+        members["headerPartial"] = True
+    return members
 
 
 # --- recognising and reading ---------------------------------------------------------------------
@@ -191,34 +189,48 @@ def dataset_start(file: BinaryIO) -> int | None:
     for start in (0, 1):
         if head[start : start + 2] not in (b"\x02\x00", b"\x08\x00", b"\x00\x08"):
             continue
-        elements, _ = _read_header(io.BytesIO(head), start, last_tag=0x00080018)
-        for keyword in ("SOPClassUID", "MediaStorageSOPClassUID"):
-            uid = _Header(True).value(elements, Tag(keyword))
-            if isinstance(uid, str) and re.fullmatch(r"[0-9]+(\.[0-9]+){3,}", uid):
+        elements = _read_from(io.BytesIO(head), start, last_tag=0x00080018)
+        for dataset, tag in ((elements.dataset, 0x00080016), (elements.meta, 0x00020002)):
+            if re.fullmatch(r"[0-9]+(\.[0-9]+){3,}", _uid(dataset, tag) or ""):
                 return start
     return None
 
 
-def _read_header(
-    file: BinaryIO, start: int, *, last_tag: int | None = None
-) -> tuple[Dataset, bool]:
-    """Return file meta information and data set as one, and whether nothing was unreadable."""
+def read(file: BinaryIO) -> Elements | None:
+    """Return the data elements in front of the bulk data, or None if the file is not DICOM.
+
+    Parameters
+    ----------
+    file : binary file, seekable
+        Its position is not kept.
+    """
+    start = dataset_start(file)
+    return None if start is None else _read_from(file, start)
+
+
+def _read_from(file: BinaryIO, start: int, *, last_tag: int = FIRST_BULK_TAG - 1) -> Elements:
     file.seek(start)
-    last = FIRST_BULK_TAG - 1 if last_tag is None else last_tag
-    meta, meta_whole = _read_elements(file, False, True, lambda tag: tag >> 16 != 2)
-    syntax = _Header(True).value(meta, Tag("TransferSyntaxUID"))
+    meta, meta_whole = _read_elements(file, False, True, lambda tag: int(tag) >> 16 != 2)
+    syntax = _uid(meta, 0x00020010)
     if syntax == DeflatedExplicitVRLittleEndian:
         try:
             inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(
                 file.read(READ_LIMIT), READ_LIMIT
             )
         except zlib.error:
-            return meta, False
+            return Elements(Dataset(), meta, False, file, file.tell())
         file = io.BytesIO(inflated)
     implicit_vr, little_endian = _encoding(file, syntax)
-    dataset, whole = _read_elements(file, implicit_vr, little_endian, lambda tag: tag > last)
-    dataset.update(meta)
-    return dataset, meta_whole and whole
+    dataset, whole = _read_elements(
+        file, implicit_vr, little_endian, lambda tag: int(tag) > last_tag
+    )
+    return Elements(dataset, meta, meta_whole and whole, file, file.tell())
+
+
+def _uid(dataset: Dataset, tag: int) -> str | None:
+    """Return a UID, whatever VR the file gives it."""
+    value = next((element.value for key, element in dataset.items() if key == tag), None)
+    return value.decode().strip("\0 ") if isinstance(value, bytes) and value.isascii() else None
 
 
 def _encoding(file: BinaryIO, syntax: Any) -> tuple[bool, bool]:
@@ -270,9 +282,8 @@ def dataset_syntax(file: BinaryIO) -> str:
     The file's position is left at the data set, behind preamble and file meta information.
     """
     file.seek(dataset_start(file) or 0)
-    meta, _ = _read_elements(file, False, True, lambda tag: tag >> 16 != 2)
-    named = _Header(True).value(meta, BaseTag(0x00020010))
-    if isinstance(named, str):
+    meta, _ = _read_elements(file, False, True, lambda tag: int(tag) >> 16 != 2)
+    if named := _uid(meta, 0x00020010):
         return named
     implicit_vr, little_endian = _encoding(file, None)
     if implicit_vr:
@@ -308,35 +319,46 @@ class _Header:
     def attributes(self, dataset: Dataset, depth: int = 0) -> dict[str, Any]:
         """Return the standard attributes of `dataset` that are not bulk, by keyword."""
         found: dict[str, Any] = {}
-        for tag in list(dataset.keys()):
+        charsets = charsets_of(dataset)
+        for tag, element in list(dataset.items()):
             if self._left <= 0:
                 self.partial = True
                 break
-            vr, keyword = _dictionary(int(tag))
-            if not keyword or keyword in found or tag.element == 0:
+            vr, keyword = dictionary(int(tag))  # an int compares faster
+            if not keyword or keyword in found or not tag & 0xFFFF:
                 continue
-            value = self._sequence(dataset, tag, depth) if vr == "SQ" else self.value(dataset, tag)
-            if value is not None and self._fits(keyword, value):
-                found[keyword] = value
+            if vr == "SQ":
+                items = self._sequence(dataset, element, depth)
+                if items and self._fits(keyword, 0):
+                    found[keyword] = items
+                continue
+            value = self._value(dataset, element, vr, charsets)
+            if value.plain is not None and self._fits(keyword, value.length):
+                found[keyword] = value.plain
         return found
 
-    def _fits(self, keyword: str, value: Any) -> bool:
-        # The members of a sequence were counted one by one.
-        is_sequence = isinstance(value, list) and isinstance(value[0], dict)
-        size = len(keyword) + 6 + (0 if is_sequence else len(json.dumps(value)))
+    def value(self, dataset: Dataset, element: Element) -> Any:
+        """Return the plain value of one element, or None if it is empty, bulk or unreadable."""
+        vr, _ = dictionary(int(element.tag))
+        return self._value(dataset, element, vr, charsets_of(dataset)).plain
+
+    def _fits(self, keyword: str, length: int) -> bool:
+        size = len(keyword) + 6 + length  # the members of a sequence were counted one by one
         if size > self._left:
             self.partial = True
             return False
         self._left -= size
         return True
 
-    def _sequence(self, dataset: Dataset, tag: BaseTag, depth: int) -> list[dict[str, Any]] | None:
+    def _sequence(
+        self, dataset: Dataset, element: Element, depth: int
+    ) -> list[dict[str, Any]] | None:
         if depth == SEQUENCE_DEPTH:
             self.partial = True
             return None
         items = []
         try:
-            for item in dataset[tag].value or ():
+            for item in items_of(dataset, element):
                 if self._left <= 0:
                     self.partial = True
                     break
@@ -346,33 +368,84 @@ class _Header:
             self.partial = True
         return items or None
 
-    def value(self, dataset: Dataset, tag: BaseTag) -> Any:
-        """Return the plain value of one element, or None if it is empty, bulk or unreadable."""
-        vr, _ = _dictionary(int(tag))
-        if tag not in dataset or vr == "SQ" or not BULK_VRS.isdisjoint(vr.split(" or ")):
-            return None
+    def _value(
+        self, dataset: Dataset, element: Element, vr: str, charsets: Charsets
+    ) -> values.Value:
+        if values.is_bulk(vr):
+            return values.NOTHING
         try:
-            element = dataset.get_item(tag)  # pydicom raises if it is longer than LONGEST_VALUE
-            known = element.VR or vr  # implicit VR has none
-            plain = known != "UN" and " or " not in known and known in converters
-            if plain and isinstance(element, RawDataElement):
-                # What `dataset[tag]` does in the end, in half the time.
-                value = convert_value(known, element, dataset.original_character_set)
-            else:
-                value = dataset[tag].value
-            if isinstance(value, Sequence):
-                raise TypeError(f"a sequence where {vr} belongs")
-            if isinstance(value, list | tuple) or type(value).__name__ == "MultiValue":
-                values = [_plain(vr, item) for item in value]
-                return [item for item in values if item is not None] or None
-            return _plain(vr, value)
+            value = value_of(dataset, element, vr, charsets)
         except UNREADABLE:
+            value = values.UNREADABLE_VALUE
+        if not value.readable:
             self.partial = True
-            return None
+        return value
+
+
+# --- elements and their values, also for metadata.py ---------------------------------------------
+
+
+def value_of(
+    dataset: Dataset, element: Element, dictionary_vr: str, charsets: Charsets
+) -> values.Value:
+    """Return the value of an element that is not a sequence.
+
+    Raises
+    ------
+    ValueError
+        If it is longer than ``LONGEST_VALUE``, or a sequence.
+    values.OddTextError
+        As for :func:`values.from_bytes`.
+    """
+    vr = vr_of(dataset, element, dictionary_vr)
+    if vr == "SQ":
+        raise ValueError("a sequence where a value belongs")
+    if isinstance(element, RawDataElement):
+        if element.value is None and element.length:
+            raise ValueError("a value that is too long")
+        if " or " not in vr and int(element.tag) not in LUT_DESCRIPTORS:
+            return values.from_bytes(
+                vr, dictionary_vr, element.value or b"", element.is_little_endian, charsets
+            )
+        element = dataset[element.tag]  # pydicom looks at other elements to tell the VR
+    return values.from_decoded(element.VR, dictionary_vr, element.value)
+
+
+def vr_of(dataset: Dataset, element: Element, dictionary_vr: str) -> str:
+    """Return the VR as the file gives it, or else as the dictionaries do."""
+    if element.VR not in (None, "UN") or isinstance(element, DataElement):
+        return str(element.VR)
+    if dictionary_vr and element.VR is None:
+        return dictionary_vr
+    found: dict[str, Any] = {}
+    raw_element_vr(element, found, ds=dataset)
+    return str(found["VR"])
+
+
+def items_of(dataset: Dataset, element: Element) -> Iterable[Dataset]:
+    """Return the items of a sequence.
+
+    Raises
+    ------
+    ValueError
+        If the element is not a sequence or too long, and others of ``UNREADABLE``.
+    """
+    if isinstance(element, RawDataElement):
+        if not element.length:
+            return ()
+        if element.value is None or vr_of(dataset, element, dictionary(element.tag)[0]) != "SQ":
+            raise ValueError("a sequence that cannot be read")
+        element = dataset[element.tag]
+    return cast(Iterable[Dataset], element.value)
+
+
+def charsets_of(dataset: Dataset) -> Charsets:
+    charsets = dataset.original_character_set
+    return (charsets,) if isinstance(charsets, str) else tuple(charsets)
 
 
 @functools.lru_cache(maxsize=8192)
-def _dictionary(tag: int) -> tuple[str, str]:
+def dictionary(tag: int) -> tuple[str, str]:
     """Return VR and keyword of an attribute; both are empty if it is not in the dictionary."""
     try:
         vr, _, _, _, keyword = datadict.get_entry(tag)
@@ -381,16 +454,4 @@ def _dictionary(tag: int) -> tuple[str, str]:
     return vr, keyword
 
 
-def _plain(vr: str, value: Any) -> str | int | float | None:
-    """Return `value` as the JSON type that the dictionary's `vr` calls for, or None."""
-    if value is None or isinstance(value, bytes):
-        return None
-    if not NUMBER_VRS.isdisjoint(vr.split(" or ")):
-        number = int(value) if isinstance(value, int) else float(value)
-        fits = abs(number) < 2**63 if isinstance(number, int) else math.isfinite(number)
-        return number if fits else None
-    if vr == "AT":
-        return f"{int(value):08X}"
-    # NUL ends a value in RediSearch, and RedisJSON takes no lone surrogates.
-    text = str(value).replace("\0", "").strip()
-    return text.encode("utf-8", "replace").decode() or None
+_tag = functools.cache(Tag)

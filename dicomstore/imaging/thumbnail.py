@@ -1,4 +1,4 @@
-"""What an image looks like, as numbers: a thumbnail of one frame; knows pixels, not Redis."""
+"""The thumbnail of an image: what one frame looks like in 64 numbers; knows pixels, not Redis."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 
-from dicomstore.imaging import header, rendering
+from dicomstore.imaging import header, rendering, values
 
-#: Of the thumbnail, in pixels. 64 small integers take 0.6 kB in RedisJSON, 121 take 1.5 kB, and
-#: find no more images of the same series; nor does removing mean and contrast.
+#: Rows and columns of a thumbnail. Its 64 small integers take 0.6 kB in RedisJSON. 121 would take
+#: 1.5 kB and find no more images of the same series; nor does it help to remove mean and contrast.
 SIDE = 8
 DIMENSIONS = SIDE * SIDE
-#: A frame that is larger than this when decoded (bytes) gets no descriptor.
+#: A frame that takes more memory than this (bytes) once it is decoded gets no thumbnail.
 FRAME_LIMIT = 64 * 1024 * 1024
-#: Before it is windowed, a frame is thinned out to about so many rows and columns.
+#: A frame is thinned out to about this many rows and columns before it is windowed.
 LONGEST_SIDE = 512
 #: Luminance of red, green and blue (ITU-R BT.601, as in PS3.3 C.7.6.3.1.2 for YBR).
 LUMINANCE = (0.299, 0.587, 0.114)
 
 
 def of_file(file: BinaryIO, members: Mapping[str, Any]) -> list[int] | None:
-    """Return the descriptor of a DICOM file's middle frame; only that one is decoded.
+    """Return the thumbnail of a DICOM file's middle frame; only that frame is decoded.
 
     Parameters
     ----------
     file : binary file, seekable
-        Its position is not kept.
+        Its position changes.
     members : mapping
-        What :func:`header.describe` says of it.
+        As :func:`header.searchable` returns them.
 
     Returns
     -------
     list of int, or None
-        ``DIMENSIONS`` grey levels, 0 to 255, row by row; None if the file has no pixels, cannot
-        be decoded, or is larger than ``FRAME_LIMIT``.
+        ``DIMENSIONS`` grey levels, 0 to 255, row by row; None if the file has no pixels, if they
+        cannot be decoded, or if a frame is larger than ``FRAME_LIMIT``.
     """
     attributes = members.get("header", {})
     try:
@@ -48,7 +48,7 @@ def of_file(file: BinaryIO, members: Mapping[str, Any]) -> list[int] | None:
         frames = int(attributes.get("NumberOfFrames", 1))
         if not 0 < bits <= 8 * FRAME_LIMIT:
             return None
-        with header.quietly():
+        with values.quietly():
             syntax = header.dataset_syntax(file)
             if syntax == DeflatedExplicitVRLittleEndian:
                 file, syntax = _inflated(file), ExplicitVRLittleEndian
@@ -56,7 +56,7 @@ def of_file(file: BinaryIO, members: Mapping[str, Any]) -> list[int] | None:
             bounded = cast(BinaryIO, header.Bounded(file, limit))
             image = rendering.render_file(bounded, frames // 2, syntax, longest=LONGEST_SIDE)
         return of_array(image)
-    except header.UNREADABLE:
+    except values.UNREADABLE:
         return None
 
 
@@ -66,13 +66,13 @@ def _inflated(file: BinaryIO) -> BinaryIO:
 
 
 def of_array(image: NDArray[Any]) -> list[int]:
-    """Return the descriptor of a picture.
+    """Return the thumbnail of a picture.
 
     Parameters
     ----------
     image : numpy.ndarray
-        Of shape (rows, columns), or (rows, columns, 3) for RGB. uint8 is taken as grey levels as
-        they are shown; other numbers are stretched to them, as a frame without a window is.
+        Of shape (rows, columns), or (rows, columns, 3) for RGB. Values of type uint8 are shown
+        as they are; others are stretched first, as a frame without a window is.
 
     Returns
     -------
@@ -82,19 +82,19 @@ def of_array(image: NDArray[Any]) -> list[int]:
     Raises
     ------
     ValueError
-        If it is not such an array, or has values that are not finite.
+        If `image` has a different shape or type, or values that are not finite.
     """
     image = np.asarray(image)
     grey_or_rgb = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
     if not grey_or_rgb or not image.size or image.dtype.kind not in "buif":
         raise ValueError(
-            f"An array of shape {image.shape} and type {image.dtype} is no picture: give numbers "
-            "of shape (rows, columns) or (rows, columns, 3)."
+            f"An array of shape {image.shape} and type {image.dtype} is not a picture. Give "
+            "numbers of shape (rows, columns) or (rows, columns, 3)."
         )
     levels = image.astype(np.float64)
     if image.dtype != np.uint8:
         if not np.isfinite(levels).all():
-            raise ValueError("The array has values that are not finite.")
+            raise ValueError("The array has values that are not finite. Replace them first.")
         levels = rendering.stretched(levels)
     if levels.ndim == 3:
         levels = levels @ np.array(LUMINANCE)
@@ -115,5 +115,5 @@ def _averaged(levels: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
 
 
 def distance(squared: float) -> float:
-    """Return the root mean square difference in grey levels for a squared distance."""
+    """Return the root mean square difference in grey levels that a squared distance stands for."""
     return float(np.sqrt(max(squared, 0.0) / DIMENSIONS))

@@ -1,0 +1,349 @@
+"""Files out: by name, in one version, with as few round trips as there can be."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, TypeVar, cast
+
+from pydicom import Dataset, dcmread
+
+from dicomstore.blobs.chunks import Chunks, Mend, check
+from dicomstore.blobs.manifest import (
+    BATCH_BYTES,
+    MANIFEST_MEMBERS,
+    STORAGE_MEMBERS,
+    Document,
+    Manifest,
+    parse_document,
+    parse_manifest,
+)
+from dicomstore.blobs.reader import CACHE_BYTES, ChunkReader
+from dicomstore.blobs.versions import Versions
+from dicomstore.catalogue.index import Catalogue
+from dicomstore.errors import (
+    AmbiguousNameError,
+    DamagedError,
+    MissingChunkError,
+    NotDicomError,
+    NotStoredError,
+)
+from dicomstore.imaging.header import dataset_start
+from dicomstore.keys import DOCUMENT_PREFIX, document_key, path_of, shown_path
+from dicomstore.server.connection import Server
+from dicomstore.tier import Tier
+
+Result = TypeVar("Result")
+
+#: How often a read starts over when the file is replaced or evicted under it.
+ATTEMPTS = 20
+#: So many manifests are remembered, some 300 bytes each.
+REMEMBERED = 20_000
+#: So many documents are read in one round trip.
+LOOK_UP = 1000
+
+
+class Reading:
+    """Reads stored files.
+
+    Parameters
+    ----------
+    server : Server
+    chunks : Chunks
+    versions : Versions
+    tier : Tier
+        Mends what is missing, where it has a source.
+    catalogue : Catalogue
+        Finds files by their imageName.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        chunks: Chunks,
+        versions: Versions,
+        tier: Tier,
+        catalogue: Catalogue,
+    ) -> None:
+        self._server = server
+        self._chunks = chunks
+        self._versions = versions
+        self._tier = tier
+        self._catalogue = catalogue
+        self._remembered = _Remembered()
+
+    # --- by name ---
+
+    def members(self, name: str, names: Sequence[str]) -> tuple[str, dict[str, Any]]:
+        """Return key and members of the document that `name` means: a key, a path or imageName.
+
+        Raises
+        ------
+        NotStoredError, AmbiguousNameError
+            If the name is not that of one stored file.
+        """
+        keys = [document_key(name)]
+        if name.startswith(DOCUMENT_PREFIX):
+            keys.insert(0, name)
+        for key in keys:
+            found = self._versions.members(key, names)
+            if found is None and self._tier.load_evicted(key):
+                found = self._versions.members(key, names)
+                if found is None:
+                    raise MissingChunkError(f"{key} is evicted as soon as it is loaded.")
+            if found is not None:
+                return key, found
+        if not self._server.can_search():
+            raise NotStoredError(
+                f"No file {shown_path(name)!r} is stored under this key or path, and this cluster "
+                "cannot be searched for an imageName."
+            )
+        images = self._catalogue.keys_of(imageName=shown_path(name))
+        if len(images) > 1:
+            paths = ", ".join(shown_path(path_of(key)) for key in images[:3])
+            raise AmbiguousNameError(
+                f"{len(images)} stored files are named {shown_path(name)}; say which by its path: "
+                f"{paths}{', ...' if len(images) > 3 else '.'}"
+            )
+        found = self._versions.members(images[0], names) if images else None
+        if found is None:
+            raise NotStoredError(
+                f"No file {shown_path(name)!r} is stored: it is not a key, a path or an imageName."
+            )
+        return images[0], found
+
+    def manifest(self, name: str) -> Manifest:
+        """Return the manifest of the stored version."""
+        return parse_manifest(*self.members(name, MANIFEST_MEMBERS))
+
+    def remember(self, found: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+        """Remember where files lie that a search has found: reading one takes one round trip."""
+        for key, members in found:
+            self._remembered.put(parse_manifest(key, members))
+
+    # --- whole files ---
+
+    def read(self, name: str) -> bytes:
+        """Return a file's bytes."""
+        if (known := self._read_remembered(name)) is not None:
+            return known
+        return self._mending(name, self._chunks.read)
+
+    def _read_remembered(self, name: str) -> bytes | None:
+        """Return a small file's bytes in one round trip, or None if that is not possible."""
+        key = name if name.startswith(DOCUMENT_PREFIX) else document_key(name)
+        manifest = self._remembered.get(key)
+        if manifest is None or manifest.size > BATCH_BYTES:
+            return None
+        try:
+            chunks = self.some(manifest, range(manifest.count))
+        except (MissingChunkError, DamagedError):
+            self._remembered.forget(key)
+            return None  # the long way reads the new version, or mends, or says what is wrong
+        self._tier.finished(manifest, hit=True)
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def read_into(self, name: str, into: Any) -> memoryview:
+        """Fill a buffer with a file; return the part of it that is filled."""
+
+        def fill(document: Document, mend: Mend | None) -> memoryview:
+            view, size = memoryview(into).cast("B"), document.manifest.size
+            if len(view) < size:
+                raise ValueError(f"The buffer has {len(view)} bytes, {document.key} {size}.")
+            self._chunks.read_into(document, view[:size], mend)
+            return view[:size]
+
+        return self._mending(name, fill)
+
+    def _mending(self, name: str, read: Callable[[Document, Mend | None], Result]) -> Result:
+        """Read a whole file; what Redis has lost comes from the source, where there is one."""
+        mender = self._tier.mender()
+        found: list[Manifest] = []
+
+        def action(document: Document) -> Result:
+            found.append(document.manifest)
+            return read(document, mender)
+
+        result = self.consistently(name, action)
+        self._tier.finished(found[-1], hit=mender is None or not mender.was_needed)
+        return result
+
+    def read_each(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        """Yield key and bytes of files, in order: many documents and chunks in each request."""
+        for first in range(0, len(names), LOOK_UP):
+            group = names[first : first + LOOK_UP]
+            keys = [n if n.startswith(DOCUMENT_PREFIX) else document_key(n) for n in group]
+            stored = self._versions.stored(keys, STORAGE_MEMBERS)
+            ready: list[Document] = []
+            for name, found in zip(group, stored, strict=True):
+                if found is None or isinstance(found, Exception) or found.document is None:
+                    yield from self._chunks_of(ready)
+                    ready = []
+                    key, _ = self.members(name, ("version",))
+                    yield key, self.read(key)
+                else:
+                    ready.append(found.document)
+            yield from self._chunks_of(ready)
+
+    def _chunks_of(self, documents: Sequence[Document]) -> Iterator[tuple[str, bytes]]:
+        """Yield whole files; one that is replaced, evicted or damaged is read by itself."""
+        done = 0
+        try:
+            for document, content in self._chunks.read_each(documents):
+                done += 1
+                self._remembered.put(document.manifest)
+                yield document.key, content
+        except (MissingChunkError, DamagedError):
+            yield documents[done].key, self.read(documents[done].key)
+            yield from self._chunks_of(documents[done + 1 :])
+
+    def consistently(self, name: str, action: Callable[[Document], Result]) -> Result:
+        """Return what `action` makes of one version of a file; start over if it is replaced."""
+        for _ in range(ATTEMPTS):
+            key, members = self.members(name, STORAGE_MEMBERS)
+            document = parse_document(key, members)
+            try:
+                result = action(document)
+            except (MissingChunkError, DamagedError):
+                if self._versions.is_current(document.manifest):
+                    raise
+                continue
+            self._remembered.put(document.manifest)
+            return result
+        raise MissingChunkError(
+            f"{shown_path(name)} is replaced or evicted faster than it can be read."
+        )
+
+    # --- parts of files ---
+
+    def open(self, name: str, cache_bytes: int = CACHE_BYTES) -> ChunkReader:
+        """Open a file for reading."""
+        manifest = self.manifest(name)
+        path = path_of(manifest.key)
+        fetch = _Fetch(self, manifest)
+        reader = ChunkReader(manifest, fetch, name=path, cache_bytes=cache_bytes)
+        # The document's; an imageName was looked for as a path and by a search before.
+        reader.round_trips = 1 if name in (manifest.key, path) else 3
+        return reader
+
+    def header(self, name: str) -> Dataset:
+        """Return the data set of a DICOM file up to its pixels."""
+        with self.open(name) as file:
+            start = dataset_start(cast(BinaryIO, file))
+            if start is None:
+                raise NotDicomError(f"{file.name} is not a DICOM file and has no header.")
+            source: Any = file
+            if start == 1:  # after a stray byte; pydicom would begin before it
+                file.seek(start)
+                source = io.BytesIO(file.read())
+            source.seek(0)
+            return dcmread(source, stop_before_pixels=True, force=True)
+
+    def some(
+        self, manifest: Manifest, numbers: Sequence[int], mend: Mend | None = None
+    ) -> list[bytes]:
+        """Return chunks of one version, checked, in one round trip; lost ones come from `mend`.
+
+        Raises
+        ------
+        MissingChunkError, DamagedError
+            If a chunk is gone or damaged, or the file was replaced.
+        """
+        runs = [f"$.crc[{first}:{last + 1}]" for first, last in _runs(numbers)]
+        commands = self._server.for_keys("MGET", manifest.chunk_keys(numbers))
+        # In this order: a document that is still the same had all its chunks just before.
+        commands.append(("JSON.GET", manifest.key, "$.version", *runs))
+        *groups, reply = self._server.replies(commands)
+        if isinstance(reply, Exception):
+            raise DamagedError(f"{manifest.key} cannot be read: {reply}") from reply
+        found = json.loads(reply or "{}")
+        if found.get("$.version") != [manifest.version]:
+            raise MissingChunkError(
+                f"{manifest.key} was replaced or deleted since it was opened. Open it again."
+            )
+        crcs = [crc for run in runs for crc in found[run]]
+        if len(crcs) != len(numbers):
+            raise DamagedError(f"The document {manifest.key} is damaged: CRCs are missing.")
+        chunks: list[bytes | None] = []
+        for group in groups:
+            if isinstance(group, Exception):
+                raise group
+            chunks += group
+        return check(manifest, numbers, chunks, crcs, mend)
+
+    def is_current(self, manifest: Manifest) -> bool:
+        """Whether this is still the stored version."""
+        return self._versions.is_current(manifest)
+
+    def spans(self, manifest: Manifest, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return pieces of one version of a file, given offset and length, a batch a round trip."""
+        touched = [
+            range(manifest.number_at(offset), manifest.number_at(offset + max(length, 1) - 1) + 1)
+            for offset, length in spans
+        ]
+        numbers = sorted({number for each in touched for number in each})
+        step = max(1, BATCH_BYTES // manifest.chunk_size)
+        chunks: dict[int, bytes] = {}
+        for first in range(0, len(numbers), step):
+            batch = numbers[first : first + step]
+            chunks |= zip(batch, self.some_mended(manifest, batch), strict=True)
+        pieces = []
+        for (offset, length), own in zip(spans, touched, strict=True):
+            begin = offset - manifest.offset(own[0])
+            whole = chunks[own[0]] if len(own) == 1 else b"".join(chunks[n] for n in own)
+            pieces.append(whole[begin : begin + length])
+        return pieces
+
+    def some_mended(self, manifest: Manifest, numbers: Sequence[int]) -> list[bytes]:
+        """As `some`; what Redis has lost comes from the source, where there is one."""
+        return self.some(manifest, numbers, self._tier.mender())
+
+
+class _Fetch:
+    """Fetches chunks for a reader; can be pickled with it."""
+
+    def __init__(self, reading: Reading, manifest: Manifest) -> None:
+        self._reading = reading
+        self._manifest = manifest
+
+    def __call__(self, numbers: Sequence[int]) -> list[bytes]:
+        return self._reading.some_mended(self._manifest, numbers)
+
+
+class _Remembered:
+    """The manifests of files that were read or found, the latest of them."""
+
+    def __init__(self) -> None:
+        self._manifests: OrderedDict[str, Manifest] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[_Remembered], tuple[()]]:
+        return _Remembered, ()
+
+    def get(self, key: str) -> Manifest | None:
+        return self._manifests.get(key)
+
+    def put(self, manifest: Manifest) -> None:
+        with self._lock:
+            self._manifests[manifest.key] = manifest
+            self._manifests.move_to_end(manifest.key)
+            if len(self._manifests) > REMEMBERED:
+                self._manifests.popitem(last=False)
+
+    def forget(self, key: str) -> None:
+        with self._lock:
+            self._manifests.pop(key, None)
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield the first and the last of each run of consecutive numbers."""
+    first = last = numbers[0]
+    for number in numbers[1:]:
+        if number != last + 1:
+            yield first, last
+            first = number
+        last = number
+    yield first, last

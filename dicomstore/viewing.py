@@ -1,0 +1,254 @@
+"""Frames and volumes out: as they are stored, decoded, or put together to one array."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dicomstore.blobs.chunks import Chunks
+from dicomstore.blobs.manifest import (
+    MANIFEST_MEMBERS,
+    STORAGE_MEMBERS,
+    Document,
+    Manifest,
+    parse_manifest,
+)
+from dicomstore.blobs.versions import Versions
+from dicomstore.errors import DamagedError, FrameError, MissingChunkError, NotStoredError
+from dicomstore.imaging.frames import OPTIONS, Frames
+from dicomstore.imaging.volume import Instance, Plan, Slice, Volume, needs_dataset, plan_volumes
+from dicomstore.keys import path_of, shown_path
+from dicomstore.reading import Reading
+from dicomstore.server.connection import Server
+
+#: What has to be known of an instance before a frame of it can be fetched and decoded.
+FRAME_MEMBERS = (
+    *MANIFEST_MEMBERS,
+    "frames",
+    "transferSyntaxUID",
+    *(f"header.{keyword}" for keyword in OPTIONS),
+)
+#: So many instances are remembered, with where their frames lie.
+REMEMBERED = 256
+#: How often a frame is read again when its instance is replaced meanwhile.
+ATTEMPTS = 20
+
+
+#: What has to be known of an instance before its frames can be slices of a volume.
+VOLUME_MEMBERS = (*STORAGE_MEMBERS, "frames", "transferSyntaxUID", "header")
+
+
+class _Stored(NamedTuple):
+    """An instance, and where its frames lie."""
+
+    document: Document
+    frames: Frames
+
+
+class Viewing:
+    """Fetches frames, and makes volumes of them.
+
+    Parameters
+    ----------
+    server : Server
+    chunks : Chunks
+    versions : Versions
+    reading : Reading
+    """
+
+    def __init__(
+        self, server: Server, chunks: Chunks, versions: Versions, reading: Reading
+    ) -> None:
+        self._server = server
+        self._chunks = chunks
+        self._versions = versions
+        self._reading = reading
+        self._known: OrderedDict[str, tuple[Manifest, Frames]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def frame_bytes(self, name: str, numbers: Sequence[int]) -> list[bytes]:
+        """Return frames as they are stored."""
+        return self._fetched(name, numbers)[1]
+
+    def frames(self, name: str, numbers: Sequence[int]) -> list[NDArray[Any]]:
+        """Return frames decoded."""
+        frames, stored = self._fetched(name, numbers)
+        return [frames.decode(k, one) for k, one in zip(numbers, stored, strict=True)]
+
+    def _fetched(self, name: str, numbers: Sequence[int]) -> tuple[Frames, list[bytes]]:
+        for _ in range(ATTEMPTS):
+            with self._lock:
+                known = self._known.pop(name, None)
+            manifest, frames = known or self._located(name)
+            spans = [frames.span(k) for k in numbers]
+            try:
+                fetched = self._reading.spans(manifest, spans)
+            except (MissingChunkError, DamagedError):
+                # A remembered version may have been replaced: one that was looked up just now not.
+                if known is None and self._reading.is_current(manifest):
+                    raise
+                continue
+            with self._lock:
+                self._known[name] = manifest, frames
+                if len(self._known) > REMEMBERED:
+                    self._known.popitem(last=False)
+            return frames, [frames.stored(k, one) for k, one in zip(numbers, fetched, strict=True)]
+        raise MissingChunkError(f"{shown_path(name)} is replaced faster than it can be read.")
+
+    def _located(self, name: str) -> tuple[Manifest, Frames]:
+        """Return where the frames of an instance lie."""
+        key, members = self._reading.members(name, FRAME_MEMBERS)
+        manifest = parse_manifest(key, members)
+        attributes = {
+            keyword: members[f"header.{keyword}"]
+            for keyword in OPTIONS
+            if f"header.{keyword}" in members
+        }
+        return manifest, self._frames(manifest, members, attributes)
+
+    def _frames(
+        self, manifest: Manifest, members: Mapping[str, Any], attributes: Mapping[str, Any]
+    ) -> Frames:
+        key, where, table = manifest.key, members.get("frames"), None
+        if Frames.needs_table(where):
+            table = self._server.command("GET", manifest.attachment_key("frames"))
+            if table is None:
+                raise FrameError(
+                    f"Where the frames of {shown_path(key)} lie is gone. Delete the file and load "
+                    "it again."
+                )
+        path = shown_path(path_of(key))
+        return Frames(path, where, attributes, members.get("transferSyntaxUID"), table)
+
+    # --- volumes ---
+
+    def volumes(self, keys: Sequence[str], *, split: bool) -> list[Volume]:
+        """Return what the instances at `keys` show, each volume as one array."""
+        quickly = True
+        for _ in range(ATTEMPTS):
+            stored = self._instances(keys)
+            plans = plan_volumes(map(self._instance, stored), split=split)
+            of_path = {one.frames.name: one for one in stored}
+            try:
+                return [self._assembled(plan, of_path, quickly=quickly) for plan in plans]
+            except (MissingChunkError, DamagedError):
+                if not quickly and all(
+                    self._reading.is_current(s.document.manifest) for s in stored
+                ):
+                    raise
+                quickly = False  # frame by frame: lost chunks come from the source, if there is one
+        raise MissingChunkError("The instances are replaced faster than they can be read.")
+
+    def _instances(self, keys: Sequence[str]) -> list[_Stored]:
+        found = self._versions.stored(keys, VOLUME_MEMBERS)
+        stored = []
+        for key, one in zip(keys, found, strict=True):
+            if isinstance(one, Exception):
+                raise one
+            if one is None or one.document is None:
+                raise NotStoredError(
+                    f"{shown_path(key)} is not stored, or its document is damaged."
+                )
+            header = one.members.get("header", {})
+            stored.append(
+                _Stored(one.document, self._frames(one.document.manifest, one.members, header))
+            )
+        return stored
+
+    def _instance(self, stored: _Stored) -> Instance:
+        attributes: Any = stored.frames.attributes
+        if needs_dataset(attributes):
+            attributes = self._reading.header(stored.document.key)
+        return Instance(stored.frames.name, attributes, stored.frames.syntax)
+
+    def _assembled(self, plan: Plan, of_path: Mapping[str, _Stored], *, quickly: bool) -> Volume:
+        """Fetch the slices of one volume, and put them into its array."""
+        array = plan.empty()
+        native: dict[str, list[_Place]] = {}
+        coded: list[tuple[int, Slice]] = []
+        for n, one in enumerate(plan.slices):
+            frames = of_path[one.path].frames
+            if quickly and "start" in (frames.member or {}) and frames.span(one.frame):
+                span = frames.span(one.frame)
+                native.setdefault(one.path, []).append(_Place(n, span.offset, span.length))
+            else:
+                coded.append((n, one))
+        if native:
+            files = [of_path[path].document for path in native]
+            self._chunks.copy_all(files, _Scatter(plan, array, files, list(native.values())))
+        if coded:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+
+                def put(numbered: tuple[int, Slice]) -> None:
+                    n, one = numbered
+                    document, frames = of_path[one.path]
+                    (fetched,) = self._reading.spans(document.manifest, [frames.span(one.frame)])
+                    stored = frames.stored(one.frame, fetched)
+                    plan.put(array, n, frames.decode(one.frame, stored))
+
+                list(pool.map(put, coded))
+        return plan.volume(array)
+
+
+class _Place(NamedTuple):
+    """Where the bytes of slice `n` lie in its file."""
+
+    n: int
+    offset: int
+    length: int
+
+
+class _Scatter:
+    """Takes the bytes of files one after the other; puts those of slices into an array."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        array: NDArray[Any],
+        documents: Sequence[Document],
+        places: Sequence[list[_Place]],
+    ) -> None:
+        self._plan = plan
+        self._array = array
+        starts = itertools.accumulate((d.manifest.size for d in documents), initial=0)
+        self._places = deque(
+            _Place(place.n, start + place.offset, place.length)
+            for start, of_file in zip(starts, places, strict=False)
+            for place in sorted(of_file, key=lambda place: place.offset)
+        )
+        self._position = 0
+        self._room: NDArray[Any] | None = None
+
+    def __call__(self, piece: Any) -> None:
+        data = np.frombuffer(piece, np.uint8)
+        end = self._position + len(data)
+        while self._places and self._places[0].offset < end:
+            place = self._places[0]
+            if self._room is None:
+                self._room = self._plan.room(self._array, place.n)
+            target = self._room.reshape(-1).view(np.uint8)
+            first = max(place.offset, self._position)
+            last = min(place.offset + place.length, end)
+            target[first - place.offset : last - place.offset] = data[
+                first - self._position : last - self._position
+            ]
+            if last < place.offset + place.length:
+                break
+            self._plan.put_native(self._array, place.n, self._room)
+            self._places.popleft()
+            self._room = None
+        self._position = end
