@@ -213,6 +213,8 @@ def test_the_numbers_of_a_server(server, client):
     used = client.info("memory")["used_memory"]
     assert abs(sending.memory_used() - used) < used / 2
     assert {"search", "ReJSON"} <= set(sending.engines()) and sending.hello()["server"] == b"redis"
+    assert sending.engine_version("search").count(".") == 2
+    assert sending.engine_version("bloom") == "none"
     assert sending.nodes_for(["a", "b"]) == [(sending.client, [0, 1])]
 
 

@@ -261,6 +261,11 @@ class Server:
         modules = map(by_name, self.hello()["modules"])
         return {each["name"].decode(): each["ver"] for each in modules}
 
+    def engine_version(self, name: str) -> str:
+        """Return the version of an engine, as ``"2.10.5"``, or ``"none"``."""
+        number = self.engines().get(name, 0)
+        return f"{number // 10000}.{number // 100 % 100}.{number % 100}" if number else "none"
+
     def key_count(self) -> int:
         """Return how many keys there are, on all nodes together."""
         return sum(self._from_each("DBSIZE"))
