@@ -133,9 +133,11 @@ def test_a_pickled_server_of_a_cluster(tmp_path):
             assert copy.client is not client
         assert client.get("a") == b"x"
         host = {"host": "127.0.0.1", "port": nodes[0].port, "password": nodes[0].password}
-        with redis.RedisCluster(**host) as theirs:
-            with pickle.loads(pickle.dumps(Server(theirs))) as copy:
-                assert copy.command("GET", "a") == b"x"
+        with (
+            redis.RedisCluster(**host) as theirs,
+            pickle.loads(pickle.dumps(Server(theirs))) as copy,
+        ):
+            assert copy.command("GET", "a") == b"x"
 
 
 def test_what_cannot_be_pickled_says_so(server):
