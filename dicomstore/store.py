@@ -147,17 +147,11 @@ class DicomStore:
 
     def server(self) -> pd.Series[str]:
         """Return which server answers: its version, its engines' versions, and whose it is."""
-        hello, engines = self._server.hello(), self._server.engines()
-
-        def version(name: str) -> str:
-            number = engines.get(name, 0)
-            return f"{number // 10000}.{number // 100 % 100}.{number % 100}" if number else "none"
-
         return pd.Series(
             {
-                "Redis": hello["version"].decode(),
-                "search engine": version("search"),
-                "JSON engine": version("ReJSON"),
+                "Redis": self._server.hello()["version"].decode(),
+                "search engine": self._server.engine_version("search"),
+                "JSON engine": self._server.engine_version("ReJSON"),
                 "whose": "embedded" if self._server.is_embedded else "yours",
             }
         )

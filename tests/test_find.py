@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import PYDICOM_DATA, PYDICOM_FILES
+from conftest import PYDICOM_DATA, PYDICOM_FILES, examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom import datadict
@@ -171,7 +171,7 @@ def test_words_of_a_field_without(store):
         store.find(patientID=words("a"))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.text(st.characters(codec="utf-8"), max_size=30))
 def test_no_value_becomes_syntax(store, client, text):
     """Whatever text is searched for, as value, words or prefix, nothing foreign is found."""
@@ -185,7 +185,7 @@ def test_no_value_becomes_syntax(store, client, text):
         assert found.empty or text.strip("*").casefold() in "secret"
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.text(st.characters(max_codepoint=0x17F, exclude_characters="\n\r\x0b\x0c\\"), min_size=1))
 def test_every_text_is_found_by_its_words(store, client, text):
     """Cut into words here as there, a description is found by all the words it has."""
@@ -399,7 +399,7 @@ def odd_headers(draw):
     return content
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(120), deadline=None, suppress_health_check=list(HealthCheck))
 @given(odd_headers())
 def test_odd_headers_stay_in_the_index(store, client, content):
     """Whatever a header holds, its document is found by every field that could be read."""

@@ -7,7 +7,7 @@ import zlib
 
 import pytest
 from blake3 import blake3
-from conftest import PYDICOM_FILES
+from conftest import PYDICOM_FILES, examples
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from samples import dicom, element, sha256_of
@@ -102,7 +102,9 @@ def test_values_that_look_like_queries(store):
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(60),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20))
 @example("a\\*b")

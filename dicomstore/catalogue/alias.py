@@ -37,8 +37,8 @@ POLL_S = 0.02
 #: So long does a search wait for a builder in another process, where there is no index yet.
 PATIENCE_S = 2.0
 NO_COORDINATOR = (
-    "The search engine of this Redis Cluster answers only for one of its nodes: to search, use a "
-    "cluster of Redis 8, or Redis Enterprise or Redis Cloud behind their single endpoint."
+    "On a Redis Cluster, searching needs search engine 8.8.0 or later, and this one is {}. Use a "
+    "newer Redis, or Redis Enterprise or Redis Cloud behind their single endpoint."
 )
 
 
@@ -87,7 +87,7 @@ class Alias:
 
     def _open(self, patience: float | None) -> Index:
         if not self._server.can_search():
-            raise SearchError(NO_COORDINATOR)
+            raise SearchError(NO_COORDINATOR.format(self._server.engine_version("search")))
         found = self._answering()
         if found is None:
             return self._build({}, patience)
