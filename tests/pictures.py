@@ -16,6 +16,8 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
+from dicomstore.imaging import header, rendering
+
 #: DCMTK's programs; the first knows JPEG as well as what is not compressed, the second JPEG-LS.
 ORACLES = ("dcmj2pnm", "dcml2pnm")
 
@@ -98,3 +100,20 @@ def drawn(path, frame, folder, *options):
             with Image.open(target) as picture:
                 return np.asarray(picture)
     return None
+
+
+def shown(content, frame=0):
+    """Return a frame as it is shown, and see that reading it from a file shows the same."""
+    dataset = rendering.read_dataset(content)
+    with header.quietly():
+        picture = rendering.render(dataset, frame)
+        syntax = dataset.file_meta.TransferSyntaxUID
+        of_file = rendering.render_file(io.BytesIO(content), frame, syntax, longest=10**6)
+    assert np.array_equal(picture, of_file)
+    return picture
+
+
+def window(centre, width, function=None):
+    """Return the attributes of a window."""
+    attributes = {"WindowCenter": centre, "WindowWidth": width}
+    return attributes | ({"VOILUTFunction": function} if function else {})

@@ -174,9 +174,35 @@ def test_broken_frames(syntax, encode, array, error):
         except header.UNREADABLE:
             continue
         assert found.shape == array.shape
-    content = image(array, syntax=syntax, pixels=[bytes(frame)], Rows=array.shape[0] - 1)
-    with pytest.raises(header.UNREADABLE):
-        decoded(content)
+
+
+@pytest.mark.parametrize(("syntax", "encode", "array", "error"), EACH)
+def test_frames_of_a_different_shape(syntax, encode, array, error):
+    """Rows and columns are the header's, also where as many pixels, or a single one, would fit."""
+    rows, columns = array.shape[:2]
+    for frame, header_rows, header_columns in (
+        (array, rows - 1, columns),
+        (array, columns, rows),
+        (array[:1, :1], rows, columns),
+    ):
+        pixels = [encode(np.ascontiguousarray(frame))]
+        content = image(array, syntax=syntax, pixels=pixels, Rows=header_rows)
+        dataset = rendering.read_dataset(content)
+        dataset.Columns = header_columns
+        with pytest.raises(header.UNREADABLE):
+            rendering.render(dataset)
+
+
+@pytest.mark.parametrize(
+    ("syntax", "encode"),
+    [(syntax, encode) for syntax, encode, arrays, _ in KINDS if arrays[0] is GREY8],
+)
+def test_fewer_bits_than_the_header_allocates(syntax, encode):
+    """A frame of 8 bits is what it is where the header has 16 bits a pixel."""
+    wide = GREY8.astype(np.uint16)
+    found = decoded(image(wide, syntax=syntax, pixels=[encode(GREY8)], BitsStored=8))
+    assert found.dtype == np.uint16
+    assert np.abs(found.astype(int) - GREY8).max() <= 3
 
 
 def test_the_header_says_which_colours():
