@@ -16,7 +16,7 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
-from dicomstore.imaging import header, rendering
+from dicomstore.imaging import rendering, values
 
 #: DCMTK's programs; the first knows JPEG as well as what is not compressed, the second JPEG-LS.
 ORACLES = ("dcmj2pnm", "dcml2pnm")
@@ -105,7 +105,7 @@ def drawn(path, frame, folder, *options):
 def shown(content, frame=0):
     """Return a frame as it is shown, and see that reading it from a file shows the same."""
     dataset = rendering.read_dataset(content)
-    with header.quietly():
+    with values.quietly():
         picture = rendering.render(dataset, frame)
         syntax = dataset.file_meta.TransferSyntaxUID
         of_file = rendering.render_file(io.BytesIO(content), frame, syntax, longest=10**6)

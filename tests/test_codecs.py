@@ -11,7 +11,7 @@ from conftest import PYDICOM_FILES
 from pictures import drawn, image, needs_oracle
 from pydicom import uid
 
-from dicomstore.imaging import codecs, header, rendering, thumbnail
+from dicomstore.imaging import codecs, header, rendering, thumbnail, values
 from dicomstore.store import DicomStore
 
 Y, X = np.mgrid[:48, :56]
@@ -96,7 +96,7 @@ def decoded(content):
     """Return the stored values of a file's first frame."""
     dataset = rendering.read_dataset(content)
     decoder, plugin = codecs.decoder_for(dataset.file_meta.TransferSyntaxUID)
-    with header.quietly():
+    with values.quietly():
         array, _ = decoder.as_array(dataset, index=0, raw=True, decoding_plugin=plugin)
     return array
 
@@ -171,7 +171,7 @@ def test_broken_frames(syntax, encode, array, error):
         content = image(array, syntax=syntax, pixels=[bytes(each)])
         try:
             found = decoded(content)
-        except header.UNREADABLE:
+        except values.UNREADABLE:
             continue
         assert found.shape == array.shape
 
@@ -189,7 +189,7 @@ def test_frames_of_a_different_shape(syntax, encode, array, error):
         content = image(array, syntax=syntax, pixels=pixels, Rows=header_rows)
         dataset = rendering.read_dataset(content)
         dataset.Columns = header_columns
-        with pytest.raises(header.UNREADABLE):
+        with pytest.raises(values.UNREADABLE):
             rendering.render(dataset)
 
 
@@ -273,7 +273,7 @@ def test_what_dcmtk_encodes(tmp_path, name, command):
     if run.returncode:
         pytest.skip("DCMTK does not encode this image so")
     dataset = rendering.read_dataset(path.read_bytes())
-    with header.quietly():
+    with values.quietly():
         picture = rendering.render(dataset)
     windowed = ["+Wi", "1"] if "WindowCenter" in dataset else []
     expected = drawn(path, 0, tmp_path, *windowed)
@@ -291,4 +291,4 @@ def test_in_a_worker(client, tmp_path):
         assert not store.similar(f"{number}.dcm", k=1).empty, arrays[0].dtype
         content = (tmp_path / f"{number}.dcm").read_bytes()
         file = io.BytesIO(content)
-        assert len(thumbnail.of_file(file, header.describe(file))) == thumbnail.DIMENSIONS
+        assert len(thumbnail.of_file(file, header.searchable(file))) == thumbnail.DIMENSIONS

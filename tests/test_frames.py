@@ -22,7 +22,7 @@ from pydicom.uid import (
 from samples import dicom, element
 
 from dicomstore.errors import FrameError
-from dicomstore.imaging import header, rendering
+from dicomstore.imaging import header, rendering, values
 from dicomstore.imaging.frames import Frames, Span, locate
 
 GREY = {
@@ -37,7 +37,7 @@ GREY = {
 
 
 def frames_of(file, name="a.dcm"):
-    members = header.describe(io.BytesIO(file))
+    members = header.searchable(io.BytesIO(file))
     member, table = locate(io.BytesIO(file), members)
     return Frames(name, member, members["header"], members.get("transferSyntaxUID"), table)
 
@@ -114,7 +114,7 @@ def test_real_files(name, large_files):
     path = next(path for place in (PYDICOM_FILES, large_files) for path in place.rglob(name))
     file = path.read_bytes()
     frames = frames_of(file)
-    with header.quietly():
+    with values.quietly():
         dataset = rendering.read_dataset(file)
         for k in {0, frames.count // 2, frames.count - 1}:
             decoded = frames.decode(k, stored(file, k, frames))
@@ -341,7 +341,7 @@ def test_pixels_are_stepped_over_not_read():
 
     part = bytes(200_000)
     file = Counting(encapsulated(basic() + item(part) * 100 + END, frames=100))
-    member, _ = locate(file, header.describe(file))
+    member, _ = locate(file, header.searchable(file))
     assert member["count"] == 100 and file.read_bytes < 40_000
 
 
@@ -411,7 +411,7 @@ def test_broken_bytes_never_raise(file, changes, cut):
     broken = bytearray(file[: len(file) - cut])
     for back, value in changes:
         broken[-back] = value
-    members = header.describe(io.BytesIO(broken))
+    members = header.searchable(io.BytesIO(broken))
     if members is None:
         return
     member, table = locate(io.BytesIO(broken), members)
@@ -459,7 +459,7 @@ def test_table_that_does_not_fit_its_document(table):
 def test_frame_that_cannot_be_decoded():
     """Damaged, and unknown, compressed frames give one sentence that names frame and file."""
     file = encapsulated(basic() + FRAGMENTS, frames=2)
-    members = header.describe(io.BytesIO(file))
+    members = header.searchable(io.BytesIO(file))
     for syntax in (JPEGBaseline8Bit, "1.2.3.4"):
         member, table = locate(io.BytesIO(file), members)
         frames = Frames("a.dcm", member, members["header"], syntax, table)

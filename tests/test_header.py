@@ -495,7 +495,7 @@ def test_values_are_never_quoted():
         warnings.simplefilter("error")
         with pytest.raises(values.OddTextError):
             header.members(elements)
-        with header.quietly():
+        with values.quietly():
             assert "Secret" in header.members(elements)["patientName"]
 
 

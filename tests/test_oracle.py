@@ -9,7 +9,7 @@ from pictures import drawn, image, needs_oracle, shown, table, window
 from pydicom.pixels import apply_modality_lut
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from dicomstore.imaging import header, rendering
+from dicomstore.imaging import header, rendering, values
 
 #: A picture may differ so much from DCMTK's, in grey levels on average.
 TOLERANCE = 2.0
@@ -94,19 +94,19 @@ def test_every_file_is_drawn_as_dcmtk_draws_it(large_files, tmp_path):
     wrong, compared, undrawn = {}, 0, set()
     for path in sorted(by_name.values()):
         content = path.read_bytes()
-        members = header.describe(io.BytesIO(content))
+        members = header.searchable(io.BytesIO(content))
         if members is None or "Rows" not in members["header"]:
             continue
         frames = int(members.get("numberOfFrames", 1))
         model = by_name[SAME_IMAGE.get(path.name, path.name)]
-        with header.quietly():
+        with values.quietly():
             dataset = rendering.read_dataset(model.read_bytes())
             dataset.NumberOfFrames = frames  # badVR.dcm has 1A
         for frame in sorted({0, frames // 2, frames - 1}):
             try:
-                with header.quietly():
+                with values.quietly():
                     picture = rendering.render(rendering.read_dataset(content), frame)
-            except header.UNREADABLE as error:
+            except values.UNREADABLE as error:
                 if drawn(model, frame, tmp_path) is not None:
                     wrong[path.name, frame] = error
                 continue

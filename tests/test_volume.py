@@ -49,7 +49,7 @@ def copied(datasets):
 
 def instances_of(paths):
     for path in paths:
-        members = header.describe(io.BytesIO(path.read_bytes()))
+        members = header.searchable(io.BytesIO(path.read_bytes()))
         attributes = members["header"]
         if needs_dataset(attributes):
             attributes = pydicom.dcmread(path, stop_before_pixels=True)
@@ -62,7 +62,7 @@ def volume_of(paths, plan=None):
     array = plan.empty()
     for n, one in enumerate(plan.slices):
         file = Path(one.path).read_bytes()
-        members = header.describe(io.BytesIO(file))
+        members = header.searchable(io.BytesIO(file))
         member, table = locate(io.BytesIO(file), members)
         frames = Frames(one.path, member, members["header"], members["transferSyntaxUID"], table)
         span = frames.span(one.frame)

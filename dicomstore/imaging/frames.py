@@ -17,19 +17,18 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydicom.pixels import get_decoder
+from pydicom.pixels import convert_color_space
 from pydicom.uid import (
     UID,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
-    RLELossless,
 )
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_32
 
 from dicomstore.errors import FrameError
-from dicomstore.imaging import header, values
+from dicomstore.imaging import codecs, header, values
 
 #: No more data elements and items are stepped over than this, nor more fragments counted.
 ELEMENTS_LIMIT = 4_000_000
@@ -399,7 +398,7 @@ class Frames:
         return b"".join(parts)
 
     def decode(self, k: int, stored: bytes) -> NDArray[Any]:
-        """Return frame `k` decoded as pydicom's ``pixel_array`` does, from what `stored` gave.
+        """Return frame `k` decoded, from what `stored` gave.
 
         Of several threads each may decode a frame. pydicom may warn: the caller silences it, once
         for all threads.
@@ -425,13 +424,17 @@ class Frames:
         options["number_of_frames"] = 1
         options["pixel_keyword"] = member.get("keyword", "PixelData")
         options["pixel_vr"] = member.get("vr", "OW")
-        # pylibjpeg-rle panics at broken data, with an exception that is no Exception.
-        options["decoding_plugin"] = "pydicom" if syntax == RLELossless else ""
         source = stored
         if "bits" not in member:
             source = b"".join((EMPTY_TABLE, ITEM, struct.pack("<L", len(stored)), stored))
         try:
-            decoded, _ = get_decoder(syntax).as_array(source, index=0, **options)
+            decoder, plugin = codecs.decoder_for(syntax)
+            decoded, _ = decoder.as_array(
+                source, index=0, raw=True, decoding_plugin=plugin, **options
+            )
+            # A frame's own markers may say other than the header, which counts (PS3.5 8.2.1).
+            if self.attributes.get("PhotometricInterpretation") in ("YBR_FULL", "YBR_FULL_422"):
+                decoded = convert_color_space(decoded, "YBR_FULL", "RGB")
         except (*values.UNREADABLE, MemoryError) as error:
             reason = " ".join(str(error).split())[:LONGEST_REASON].rstrip(".")
             raise FrameError(f"Frame {k} of {self.name} cannot be decoded: {reason}.") from error
