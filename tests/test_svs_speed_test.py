@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from samples import dicom
 
 import svs_speed_test
 from demo.slide import write_sample_slide
 from dicomstore import DicomStore
+from dicomstore.errors import ServerError
 
 SCRIPT = Path(svs_speed_test.__file__)
 
@@ -45,7 +47,7 @@ def test_the_published_lines_come_out_to_the_letter(run, slide, client):
 test\.svs Size: {size / 1024**2:.2f} MB
 Files loaded: 1
 
-Key: file:test\.svs
+Key: file:svs_speed_test/test\.svs
 Exec time: \d+\.\d\d ms
 Bytes Retrieved: {size}
 File integrity check:  Pass
@@ -65,7 +67,10 @@ def test_every_slide_below_a_folder_is_tested(run, slide, tmp_path):
     code, output, _ = run(tmp_path, "--json")
     found = json.loads(output)
     assert code == 0
-    assert [file["key"] for file in found["files"]] == ["file:b.svs", "file:a.svs"]
+    assert [file["key"] for file in found["files"]] == [
+        "file:svs_speed_test/b.svs",
+        "file:svs_speed_test/a.svs",
+    ]
     assert found["total_ms"] == pytest.approx(sum(file["exec_ms"] for file in found["files"]))
     assert found["files"][0]["level_count"] == 4 and found["files"][0]["passed"] is True
 
@@ -85,13 +90,61 @@ def test_the_retrieved_file_is_kept_where_asked(run, slide, tmp_path):
     assert (tmp_path / "new" / "folder" / "test.svs").read_bytes() == slide.read_bytes()
 
 
+def test_what_was_there_stays(run, slide, client):
+    """A slide of the same name that the user has stored is neither replaced nor cut anew."""
+    theirs = dicom(pixels=bytes(5000))
+    DicomStore(client, chunk_size=1000, progress=False).put("test.svs", theirs)
+    before = {key: client.dump(key) for key in client.scan_iter()}
+    code, _, _ = run(slide, "--chunk_size", "30")
+    assert code == 0
+    assert {key: client.dump(key) for key in client.scan_iter()} == before
+
+
 def test_the_slide_stays_in_redis_where_asked(run, slide, client):
-    """--keep leaves the slide loaded; without it, what was there before stays too."""
+    """--keep leaves the slide in a folder of its own, also when the test runs again without."""
     run(slide, "--keep")
     store = DicomStore(client, progress=False)
-    assert store.read("test.svs") == slide.read_bytes()
+    assert store.read("svs_speed_test_kept/test.svs") == slide.read_bytes()
     run(slide)
-    assert store.read("test.svs") == slide.read_bytes()
+    assert list(store.find()["path"]) == ["svs_speed_test_kept/test.svs"]
+
+
+def test_a_test_that_broke_off_is_cleaned_up(run, slide, client):
+    """What an earlier test left, a document or chunks alone, is gone after the next one."""
+    DicomStore(client, progress=False).load(slide, under="svs_speed_test")
+    client.set("chunk:file:svs_speed_test/other.svs:0123456789ab:0", b"left over")
+    code, _, _ = run(slide)
+    assert code == 0 and client.dbsize() == 0
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_output_never_overwrites_the_slide(run, slide, tmp_path, linked):
+    """--output into the slide's own folder, also through a link, is refused and changes nothing."""
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "test.svs").write_bytes(slide.read_bytes())
+    target = own
+    if linked:
+        target = tmp_path / "link"
+        target.symlink_to(own)
+    code, _, errors = run(own / "test.svs", "--output", target)
+    assert code == 2 and "would overwrite" in errors and len(errors.splitlines()) == 1
+    assert (own / "test.svs").read_bytes() == slide.read_bytes()
+
+
+def test_a_failed_transfer_leaves_no_file(run, slide, tmp_path, monkeypatch):
+    """A transfer that breaks off leaves neither part of the slide nor a changed older file."""
+
+    async def broken(self, chunks, write, **options):
+        write(b"a part")
+        raise ServerError("A connection to Redis was lost. Try again.")
+
+    (tmp_path / "test.svs").write_bytes(b"older")
+    monkeypatch.setattr(svs_speed_test.ChunkStream, "copy", broken)
+    code, _, errors = run(slide, "--output", tmp_path)
+    assert code == 1 and "was lost" in errors
+    assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["test.svs"]
+    assert (tmp_path / "test.svs").read_bytes() == b"older"
 
 
 def test_a_changed_byte_fails_the_test(run, slide, client, monkeypatch):
@@ -156,14 +209,14 @@ def test_a_server_that_is_not_there_is_one_sentence(slide, capsys):
     """No traceback, no password: exit code 1 and what to check."""
     code = svs_speed_test.main([str(slide), "--url", "redis://:planted@127.0.0.1:1"])
     errors = capsys.readouterr().err
-    assert code == 1 and "REDIS_URL" in errors
+    assert code == 1 and "Check the URL" in errors
     assert "planted" not in errors and len(errors.splitlines()) == 1
 
 
 def test_more_connections_than_the_server_allows_end_in_one_sentence(slide, capsys):
     """Asking for 200 connections of a server that allows 50 fails at once and leaves no key."""
+    from dicomstore import connect
     from dicomstore.server.embedded import RedisServer
-    from dicomstore.store import connect
 
     with RedisServer(config=["maxclients 50"]) as small:
         code = svs_speed_test.main([str(slide), "--url", small.url, "--connections", "200"])
@@ -193,7 +246,7 @@ def test_ctrl_c_leaves_nothing_behind(server, client, slide, tmp_path):
         env={**os.environ, "TMPDIR": str(tmp_path)},
     )  # fmt: skip
     deadline = time.monotonic() + 60
-    while not client.exists("file:test.svs") and time.monotonic() < deadline:
+    while not client.exists("file:svs_speed_test/test.svs") and time.monotonic() < deadline:
         time.sleep(0.02)
     script.send_signal(signal.SIGINT)
     _, errors = script.communicate(timeout=60)

@@ -26,14 +26,20 @@ import redis
 import redis.asyncio
 from imagecodecs import deflate_crc32
 
-from dicomstore.errors import DamagedError, DicomRedisError, MissingChunkError, ServerError
+from dicomstore.errors import (
+    DamagedError,
+    DicomRedisError,
+    MissingChunkError,
+    RefusedError,
+    ServerError,
+)
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 Chunk = tuple[bytes, int]  # key, and length in bytes
 
-RUN_BYTES = 1 << 20  # payload of one request: one MGET, or a run of SETs
-RUN_CHUNKS = 1024  # chunks in one request: as many as os.preadv takes in one call
+REQUEST_BYTES = 1 << 20  # payload of one request: one MGET, or several SETs
+REQUEST_CHUNKS = 1024  # chunks in one request: as many as os.preadv takes in one call
 REQUESTS = 16  # under way at a time, on all connections: either side holds so much in memory
 READ_BYTES = 256 << 10
 WRITE_BYTES = 256 << 10
@@ -47,30 +53,6 @@ MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it
 
 #: Four times as fast as zlib's, which would take longer than the transfer.
 crc32: Callable[[Any], int] = deflate_crc32
-
-
-class ChunkStreamError(DicomRedisError):
-    """Base of the errors below; `key` is the key of the chunk concerned, b"" if there is none."""
-
-    def __init__(self, message: str, key: bytes = b"") -> None:
-        super().__init__(message)
-        self.key = key
-
-
-class MissingChunk(ChunkStreamError, MissingChunkError):
-    """There is no string under the key."""
-
-
-class DamagedChunk(ChunkStreamError, DamagedError):
-    """A chunk is longer or shorter than expected, or its CRC-32 is another."""
-
-
-class RefusedByServer(ChunkStreamError, ServerError):
-    """The server answered with an error: out of memory, no permission, loading, ..."""
-
-
-class ConnectionFailed(ChunkStreamError, ServerError):
-    """A connection could not be made, was lost, or was silent for too long."""
 
 
 class Step(NamedTuple):
@@ -111,7 +93,7 @@ class ChunkProtocol(asyncio.BufferedProtocol):
     with what follows it, so that a read never goes beyond the region.
     """
 
-    def __init__(self, failed: Callable[[ChunkStreamError], None], scratch: memoryview) -> None:
+    def __init__(self, failed: Callable[[DicomRedisError], None], scratch: memoryview) -> None:
         self._failed = failed
         self._scratch = self._target = scratch
         self._loop = asyncio.get_running_loop()
@@ -132,14 +114,14 @@ class ChunkProtocol(asyncio.BufferedProtocol):
         """Whether an answer is outstanding."""
         return bool(self._answers)
 
-    def error(self, what: str) -> ConnectionFailed:
+    def error(self, what: str) -> ServerError:
         """An error that names what this connection awaits."""
         key = self._step.key
         if key:
-            return ConnectionFailed(f"{what} while chunk {_name(key)} was awaited.", key)
+            return ServerError(f"{what} while the chunk {_name(key)} was awaited. Try again.")
         if self.busy:
             what += " before it was open; the server may allow fewer connections"
-        return ConnectionFailed(f"{what}.", key)
+        return ServerError(f"{what}. Try again.")
 
     def ask(self, request: bytes | memoryview, answer: Answer) -> None:
         """Send a request, which must stay as it is until the answer is done."""
@@ -161,7 +143,7 @@ class ChunkProtocol(asyncio.BufferedProtocol):
             transport, self._transport = self._transport, None
             transport.abort()
 
-    def _fail(self, error: ChunkStreamError) -> None:
+    def _fail(self, error: DicomRedisError) -> None:
         self.abort()
         self._failed(error)
 
@@ -259,34 +241,16 @@ class ChunkProtocol(asyncio.BufferedProtocol):
             return
         key, name = self._step.key, _name(self._step.key)
         if key and line == b"$-1":
-            self._fail(MissingChunk(f"Chunk {name} is not in Redis.", key))
+            self._fail(MissingChunkError.of([name]))
         elif key and line.startswith(b"$") and line[1:].isdigit():
-            sizes = f"{int(line[1:])} bytes, not {self._step.length}"
-            self._fail(DamagedChunk(f"Chunk {name} has {sizes}.", key))
+            self._fail(DamagedError.of(name))
         elif line.startswith(b"-"):
             # Redis quotes the arguments of a command that it does not know: the user's data.
             text = _name(line[1:].partition(b", with args")[0])
-            what = f"chunk {name}" if key else "a connection"
-            self._fail(RefusedByServer(f"Redis refused {what}: {text}", key))
+            what = f"the chunk {name}" if key else "a connection"
+            self._fail(RefusedError(f"Redis refused {what}: {text}.", text))
         else:
             self._fail(self.error("Redis gave an answer that is not RESP2"))
-
-
-def supports(client: redis.Redis | redis.RedisCluster) -> bool:
-    """Whether `ChunkStream` connects as this client does.
-
-    It covers what a URL says: TCP, TLS, unix socket, password, ACL user, database 0. A cluster,
-    Sentinel, a credential provider, OCSP or a connection class of one's own it does not.
-    """
-    pool = client.connection_pool if isinstance(client, redis.Redis) else None
-    uncovered = ("credential_provider", "redis_connect_func", "ssl_validate_ocsp_stapled")
-    return (
-        type(pool) in (redis.ConnectionPool, redis.BlockingConnectionPool)
-        and pool is not None
-        and pool.connection_class
-        in (redis.Connection, redis.SSLConnection, redis.UnixDomainSocketConnection)
-        and not any(map(pool.connection_kwargs.get, ("db", "ssl_validate_ocsp", *uncovered)))
-    )
 
 
 class ChunkStream:
@@ -295,7 +259,7 @@ class ChunkStream:
     Parameters
     ----------
     client
-        Says where the server is and how to log in; see `supports`.
+        Says where the server is and how to log in, as `Server.wire_client` gives it.
     connections
         How many. More than the default are not faster.
     timeout
@@ -303,20 +267,18 @@ class ChunkStream:
 
     Raises
     ------
-    ChunkStreamError
+    DicomRedisError
         From every method. After an error or a cancellation all connections are closed, and the
         stream is of no more use.
     """
 
     def __init__(
         self,
-        client: redis.Redis | redis.RedisCluster,
+        client: redis.Redis,
         *,
         connections: int = 8,
         timeout: float = 30.0,
     ) -> None:
-        if not isinstance(client, redis.Redis) or not supports(client):
-            raise ValueError("ChunkStream cannot connect in the way of this client.")
         if connections < 1:
             raise ValueError(f"connections must be 1 or more, not {connections}.")
         self._class = client.connection_pool.connection_class
@@ -328,7 +290,7 @@ class ChunkStream:
 
     async def __aenter__(self) -> Self:
         raise_open_files(self._count + OTHER_FILES)
-        self._error: asyncio.Future[ChunkStreamError] = asyncio.get_running_loop().create_future()
+        self._error: asyncio.Future[DicomRedisError] = asyncio.get_running_loop().create_future()
         await self._watch(self._connect())
         return self
 
@@ -336,12 +298,12 @@ class ChunkStream:
         self._abort("is closed")
         await self._closed()
 
-    def _fail(self, error: ChunkStreamError) -> None:
+    def _fail(self, error: DicomRedisError) -> None:
         if not self._error.done():
             self._error.set_result(error)
 
     def _abort(self, why: str) -> None:
-        self._fail(ConnectionFailed(f"This ChunkStream {why}."))
+        self._fail(ServerError(f"This ChunkStream {why}."))
         for connection in self._connections:
             connection.abort()
 
@@ -404,7 +366,7 @@ class ChunkStream:
                     made = await loop.create_connection(lambda: connection, address, port, **tls)
                     address = made[0].get_extra_info("peername")[0]
             except OSError as error:
-                self._fail(ConnectionFailed(f"Cannot connect to Redis: {error}."))
+                self._fail(ServerError(f"Cannot connect to Redis: {error}."))
             await opened
 
         async def connect_some() -> None:
@@ -448,19 +410,19 @@ class ChunkStream:
         received = loop.create_future()
         checks: list[asyncio.Future[None]] = []
         share = -(-len(chunks) // (2 * self._count))
-        runs = _runs(chunks, RUN_BYTES, min(RUN_CHUNKS, share))
+        requests = _requests(chunks, REQUEST_BYTES, min(REQUEST_CHUNKS, share))
         idle = deque(self._connections * 2)
         outstanding = 0
 
         def ask_next() -> None:
-            """Give the next run to the connection that has waited longest."""
+            """Give the next request to the connection that has waited longest."""
             nonlocal outstanding
-            run = next(runs, None)
-            if run is None:
+            following = next(requests, None)
+            if following is None:
                 if not outstanding and not received.done():
                     received.set_result(None)
                 return
-            first, last, begin, end = run
+            first, last, begin, end = following
             asked, region, connection = chunks[first:last], view[begin:end], idle.popleft()
 
             def done() -> None:
@@ -502,7 +464,7 @@ class ChunkStream:
             Called in a thread with up to 16 MiB at a time, while the next ones are received.
             The view is valid until it returns.
         """
-        windows = list(_runs(chunks, WINDOW_BYTES, len(chunks)))
+        windows = list(_requests(chunks, WINDOW_BYTES, len(chunks)))
         size = max((end - begin for _, _, begin, end in windows), default=0)
         buffers = itertools.cycle([memoryview(bytearray(size)) for _ in windows[:2]])
         written: asyncio.Task[object] = asyncio.create_task(asyncio.sleep(0))
@@ -521,7 +483,7 @@ class ChunkStream:
         chunks: Sequence[Chunk],
         read: Callable[[list[memoryview]], int],
         *,
-        expire_ms: int | None = None,
+        ttl_ms: int | None = None,
     ) -> None:
         """Store chunks, whose bytes are read while the ones before are sent.
 
@@ -534,7 +496,7 @@ class ChunkStream:
             in all); fills them and returns the number of bytes, as
             ``lambda views: os.preadv(file, views, offset)`` does. From there the bytes go to
             the socket. The views are valid until it returns.
-        expire_ms
+        ttl_ms
             Time to live of the chunks, ms.
 
         Raises
@@ -546,22 +508,22 @@ class ChunkStream:
         -----
         After an error some of the chunks may be stored: to delete them is up to the caller.
         """
-        await self._watch(self._send(chunks, read, expire_ms))
+        await self._watch(self._send(chunks, read, ttl_ms))
 
     async def _send(
         self,
         chunks: Sequence[Chunk],
         read: Callable[[list[memoryview]], int],
-        expire_ms: int | None,
+        ttl_ms: int | None,
     ) -> None:
         free: asyncio.Queue[tuple[ChunkProtocol, memoryview]] = asyncio.Queue()
         lanes = (self._connections * 2)[:REQUESTS]
         for connection in lanes:
             free.put_nowait((connection, NO_PAYLOAD))
-        for first, last, begin, end in _runs(chunks, RUN_BYTES, RUN_CHUNKS):
+        for first, last, begin, end in _requests(chunks, REQUEST_BYTES, REQUEST_CHUNKS):
             connection, buffer = await free.get()
             asked = chunks[first:last]
-            request, buffer, payloads = _lay_out_sets(asked, buffer, expire_ms)
+            request, buffer, payloads = _lay_out_sets(asked, buffer, ttl_ms)
             filled = await _in_thread(read, payloads)
             if filled != end - begin:
                 name = _name(asked[0][0])
@@ -575,8 +537,10 @@ class ChunkStream:
             await free.get()
 
 
-def _runs(chunks: Sequence[Chunk], size: int, count: int) -> Iterator[tuple[int, int, int, int]]:
-    """Cut chunks into runs of at most `size` bytes and `count` chunks, but at least one chunk.
+def _requests(
+    chunks: Sequence[Chunk], size: int, count: int
+) -> Iterator[tuple[int, int, int, int]]:
+    """Cut chunks into requests of at most `size` bytes and `count` chunks, but at least one chunk.
 
     Yields the indices of the first chunk and of the one after the last, and the bytes between
     which they lie.
@@ -612,7 +576,7 @@ def _mget_steps(chunks: Sequence[Chunk]) -> Iterator[Step]:
 
 
 def _lay_out_sets(
-    chunks: Sequence[Chunk], buffer: memoryview, expire_ms: int | None
+    chunks: Sequence[Chunk], buffer: memoryview, ttl_ms: int | None
 ) -> tuple[memoryview, memoryview, list[memoryview]]:
     """Write one SET per chunk to `buffer`, without the payloads.
 
@@ -620,8 +584,8 @@ def _lay_out_sets(
     payloads.
     """
     words, tail = 3, b"\r\n"
-    if expire_ms is not None:
-        words, tail = 5, b"\r\n$2\r\nPX\r\n$%d\r\n%d\r\n" % (len(str(expire_ms)), expire_ms)
+    if ttl_ms is not None:
+        words, tail = 5, b"\r\n$2\r\nPX\r\n$%d\r\n%d\r\n" % (len(str(ttl_ms)), ttl_ms)
     size = sum(len(key) + length + len(tail) + 64 for key, length in chunks)
     if len(buffer) < size:
         buffer = memoryview(bytearray(size))
@@ -642,7 +606,7 @@ def _check(chunks: Sequence[Chunk], region: memoryview, crcs: Sequence[int]) -> 
     at = 0
     for (key, length), expected in zip(chunks, crcs, strict=True):
         if crc32(region[at : at + length]) != expected:
-            raise DamagedChunk(f"Chunk {_name(key)} has another CRC-32 than expected.", key)
+            raise DamagedError.of(_name(key))
         at += length
 
 
@@ -660,7 +624,7 @@ def raise_open_files(needed: int) -> None:
 
     Raises
     ------
-    ConnectionFailed
+    ServerError
         The hard limit is too low for that.
     """
     try:
@@ -671,14 +635,14 @@ def raise_open_files(needed: int) -> None:
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
-        raise ConnectionFailed(
+        raise ServerError(
             f"{needed} open files are needed and {hard} are allowed: type `ulimit -n {needed}` "
             "first, as root if that is refused, or ask for fewer connections."
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def run(coroutine: Coroutine[Any, Any, Result]) -> Result:
+def finish(coroutine: Coroutine[Any, Any, Result]) -> Result:
     """Run a coroutine to its end, also where an event loop is running already (Jupyter).
 
     There it runs in a thread of its own, while this one waits. Ctrl-C cancels it either way, and
