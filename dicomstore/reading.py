@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, TypeVar, cast
-
-from pydicom import Dataset, dcmread
+from typing import Any, TypeVar
 
 from dicomstore.blobs.chunks import Chunks, Mend, check
 from dicomstore.blobs.manifest import (
@@ -29,10 +26,8 @@ from dicomstore.errors import (
     AmbiguousNameError,
     DamagedError,
     MissingChunkError,
-    NotDicomError,
     NotStoredError,
 )
-from dicomstore.imaging.header import dataset_start
 from dicomstore.keys import DOCUMENT_PREFIX, document_key, path_of, shown_path
 from dicomstore.server.connection import Server
 from dicomstore.tier import Tier
@@ -230,19 +225,6 @@ class Reading:
         # The document's; an imageName was looked for as a path and by a search before.
         reader.round_trips = 1 if name in (manifest.key, path) else 3
         return reader
-
-    def header(self, name: str) -> Dataset:
-        """Return the data set of a DICOM file up to its pixels."""
-        with self.open(name) as file:
-            start = dataset_start(cast(BinaryIO, file))
-            if start is None:
-                raise NotDicomError(f"{file.name} is not a DICOM file and has no header.")
-            source: Any = file
-            if start == 1:  # after a stray byte; pydicom would begin before it
-                file.seek(start)
-                source = io.BytesIO(file.read())
-            source.seek(0)
-            return dcmread(source, stop_before_pixels=True, force=True)
 
     def some(
         self, manifest: Manifest, numbers: Sequence[int], mend: Mend | None = None

@@ -17,6 +17,7 @@ from dicomstore import restoring
 from dicomstore.blobs.chunks import Chunks
 from dicomstore.blobs.manifest import BATCH_BYTES, DEFAULT_CHUNK_SIZE, MANIFEST_MEMBERS, Manifest
 from dicomstore.blobs.reader import CACHE_BYTES, ChunkReader
+from dicomstore.blobs.sweeping import sweep
 from dicomstore.blobs.versions import Versions
 from dicomstore.catalogue.index import Catalogue
 from dicomstore.errors import NotDicomError, NoThumbnailError, NotStoredError, SearchError
@@ -303,7 +304,7 @@ class DicomStore:
             One row for every version removed: ``path``, ``version``, ``chunks`` and ``size``, the
             bytes that they held.
         """
-        rows = self._versions.sweep(_folder(under))
+        rows = sweep(self._server, _folder(under))
         report = pd.DataFrame(rows, columns=["path", "version", "chunks", "size"])
         return report.groupby(["path", "version"], as_index=False).sum()
 
@@ -385,7 +386,7 @@ class DicomStore:
         NotDicomError
             If the stored file is a slide.
         """
-        return self._reading.header(_name(name))
+        return self._viewing.header(_name(name))
 
     def manifest(self, name: Any) -> Manifest:
         """Return how a stored file lies in chunks; `name` as for :meth:`read`."""

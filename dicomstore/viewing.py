@@ -1,17 +1,19 @@
-"""Frames and volumes out: as they are stored, decoded, or put together to one array."""
+"""Headers, frames and volumes out: only what they need is fetched."""
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from pydicom import Dataset, dcmread
 
 from dicomstore.blobs.chunks import Chunks
 from dicomstore.blobs.manifest import (
@@ -22,8 +24,15 @@ from dicomstore.blobs.manifest import (
     parse_manifest,
 )
 from dicomstore.blobs.versions import Versions
-from dicomstore.errors import DamagedError, FrameError, MissingChunkError, NotStoredError
+from dicomstore.errors import (
+    DamagedError,
+    FrameError,
+    MissingChunkError,
+    NotDicomError,
+    NotStoredError,
+)
 from dicomstore.imaging.frames import OPTIONS, Frames
+from dicomstore.imaging.header import dataset_start
 from dicomstore.imaging.volume import Instance, Plan, Slice, Volume, needs_dataset, plan_volumes
 from dicomstore.keys import path_of, shown_path
 from dicomstore.reading import Reading
@@ -54,7 +63,7 @@ class _Stored(NamedTuple):
 
 
 class Viewing:
-    """Fetches frames, and makes volumes of them.
+    """Fetches headers and frames, and makes volumes of frames.
 
     Parameters
     ----------
@@ -79,6 +88,19 @@ class Viewing:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
+
+    def header(self, name: str) -> Dataset:
+        """Return the data set of a DICOM file up to its pixels."""
+        with self._reading.open(name) as file:
+            start = dataset_start(cast(BinaryIO, file))
+            if start is None:
+                raise NotDicomError(f"{file.name} is not a DICOM file and has no header.")
+            source: Any = file
+            if start == 1:  # after a stray byte; pydicom would begin before it
+                file.seek(start)
+                source = io.BytesIO(file.read())
+            source.seek(0)
+            return dcmread(source, stop_before_pixels=True, force=True)
 
     def frame_bytes(self, name: str, numbers: Sequence[int]) -> list[bytes]:
         """Return frames as they are stored."""
@@ -172,7 +194,7 @@ class Viewing:
     def _instance(self, stored: _Stored) -> Instance:
         attributes: Any = stored.frames.attributes
         if needs_dataset(attributes):
-            attributes = self._reading.header(stored.document.key)
+            attributes = self.header(stored.document.key)
         return Instance(stored.frames.name, attributes, stored.frames.syntax)
 
     def _assembled(self, plan: Plan, of_path: Mapping[str, _Stored], *, quickly: bool) -> Volume:

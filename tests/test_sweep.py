@@ -131,7 +131,7 @@ def test_a_sweep_that_cannot_read_documents_removes_nothing(small, client, serve
 
 def test_pages_of_a_sweep(small, client, monkeypatch):
     """A sweep takes the keys page by page, and a version may lie in several pages."""
-    monkeypatch.setattr("dicomstore.blobs.versions.SWEEP_PAGE", 7)
+    monkeypatch.setattr("dicomstore.blobs.sweeping.PAGE", 7)
     for number in range(40):
         client.set(f"chunk:file:{number % 3}:{VERSION}:{number}", bytes(10))
     small.put("kept", dicom(pixels=bytes(30_000)))

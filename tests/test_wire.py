@@ -20,8 +20,9 @@ import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dicomstore.blobs import wire
-from dicomstore.blobs.wire import Answer, Chunk, ChunkProtocol, ChunkStream
+from dicomstore.blobs import protocol, wire
+from dicomstore.blobs.protocol import Answer, Chunk, ChunkProtocol
+from dicomstore.blobs.wire import ChunkStream
 from dicomstore.errors import (
     LOAD_AGAIN,
     DamagedError,
@@ -83,7 +84,7 @@ class Driven:
         for number, (run, data) in enumerate(zip(runs, self.payloads, strict=True)):
             chunks = [(b"k%d.%d" % (number, i), len(one)) for i, one in enumerate(run)]
             region = memoryview(self.buffer)[begin : begin + len(data)]
-            steps = wire._mget_steps(chunks)
+            steps = protocol.mget_steps(chunks)
             self.protocol.ask(b"?", Answer(steps, region, lambda n=number: self.done.append(n)))
             begin += len(data)
 
@@ -275,6 +276,8 @@ def assert_connected(client: redis.Redis, number: int) -> None:
 @pytest.fixture
 def client(server: RedisServer) -> Any:
     with redis.Redis.from_url(server.url) as client:
+        # Those that other tests have left open would be counted.
+        client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
         yield client
 
 
@@ -516,9 +519,13 @@ def test_send_to_a_full_server() -> None:
     """A SET that the server refuses is an error with its words and the key."""
     chunks, data = make_chunks("full", [100_000] * 300)
     config = "maxmemory 12mb\nmaxmemory-policy noeviction"
-    with RedisServer(config=config.splitlines()) as full, redis.Redis.from_url(full.url) as client:
-        with pytest.raises(RefusedError, match=r"chunk:full:.*OOM"):
-            run_alone(send(client, chunks, reader(data)))
+    refused = pytest.raises(RefusedError, match=r"chunk:full:.*OOM")
+    with (
+        RedisServer(config=config.splitlines()) as full,
+        redis.Redis.from_url(full.url) as client,
+        refused,
+    ):
+        run_alone(send(client, chunks, reader(data)))
 
 
 # Ways to connect

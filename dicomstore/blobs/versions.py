@@ -8,20 +8,17 @@ remain that no document names; `sweep` removes them.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
-import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from dicomstore.blobs.chunks import Chunks
 from dicomstore.blobs.manifest import (
-    ATTACHMENTS,
     STORAGE_MEMBERS,
     Document,
     Manifest,
@@ -29,7 +26,7 @@ from dicomstore.blobs.manifest import (
     plan_tail,
 )
 from dicomstore.errors import DamagedError, DicomRedisError, RefusedError, ServerError
-from dicomstore.keys import CHUNK_PREFIX, DOCUMENT_PREFIX, document_key, path_of, shown_path
+from dicomstore.keys import DOCUMENT_PREFIX, shown_path
 from dicomstore.server.connection import Server
 from dicomstore.server.nodes import Command
 
@@ -37,12 +34,6 @@ from dicomstore.server.nodes import Command
 LEASE_MS = 5000
 #: How often a load starts again when its lease has run out.
 ATTEMPTS = 20
-#: So many chunk keys are looked at together in a sweep.
-SWEEP_PAGE = 10_000
-CHUNK_KEY = re.compile(
-    rf"{CHUNK_PREFIX}({DOCUMENT_PREFIX}.+):([0-9a-f]{{12}}):(0|[1-9]\d*|{'|'.join(ATTACHMENTS)})",
-    re.S,
-)
 Result = TypeVar("Result")
 #: Sends the chunks of a manifest, or appends the commands that do to those of other files; returns
 #: the members of the document that is to name them.
@@ -306,61 +297,9 @@ class Versions:
         try:
             return self._server.transaction(keys, body)
         except RefusedError as error:
-            if _is_foreign(error):
+            if is_foreign(error):
                 raise _foreign(keys[0]) from error
             raise
-
-    # --- what killed loaders leave behind ---
-
-    def sweep(self, folder: str) -> list[tuple[str, str, int, int]]:
-        """Remove chunks below a folder that no document names; of each path, version, 1, bytes."""
-        start = re.sub(r"([*?\[\]\\^])", r"\\\1", CHUNK_PREFIX + document_key(folder))
-        keys = self._server.scan(f"{start}*", "string")
-        rows, leased = [], []
-        while page := [os.fsdecode(key) for key in itertools.islice(keys, SWEEP_PAGE)]:
-            unnamed, in_use = self._unnamed(page)
-            rows += self._remove(unnamed)
-            leased += in_use
-        if leased:
-            time.sleep(LEASE_MS / 1000)
-            rows += self._remove(self._unnamed(leased)[0])
-        return rows
-
-    def _unnamed(self, keys: Iterable[str]) -> tuple[list[str], list[str]]:
-        """Return the chunks that no document names, and those whose version has a lease.
-
-        The lease is looked for before the document: a load that has neither will never commit.
-        """
-        versions: dict[Manifest, list[str]] = {}
-        for key in keys:
-            match = CHUNK_KEY.fullmatch(key)
-            if match and document_key(path_of(match[1])) == match[1]:
-                versions.setdefault(Manifest(match[1], match[2], 0, 1, ()), []).append(key)
-        leases = self._server.commands([("EXISTS", each.lease) for each in versions])
-        leased = dict(zip(versions, leases, strict=True))
-        documents = self._server.replies(
-            [("JSON.GET", each.key, "$.version", "$.chunks[0]") for each in versions]
-        )
-        unnamed = []
-        for (manifest, chunks), document in zip(versions.items(), documents, strict=True):
-            if isinstance(document, Exception) and not _is_foreign(document):
-                raise document
-            # Of a damaged document one of the two is enough: the chunks may be all that is left.
-            found = json.loads(document) if isinstance(document, bytes) else {}
-            named = set(map(str, itertools.chain.from_iterable(found.values())))
-            if not leased[manifest] and not {manifest.version, manifest.chunk_key(0)} & named:
-                unnamed += chunks
-        return unnamed, [key for each, own in versions.items() if leased[each] for key in own]
-
-    def _remove(self, keys: Sequence[str]) -> list[tuple[str, str, int, int]]:
-        """Unlink chunks; return path, version, count and bytes of what was there."""
-        commands = [(name, key) for key in keys for name in ("STRLEN", "UNLINK")]
-        replies = self._server.commands(commands)
-        rows = []
-        for key, size, was_there in zip(keys, replies[::2], replies[1::2], strict=True):
-            document, version, _ = key.removeprefix(CHUNK_PREFIX).rsplit(":", 2)
-            rows.append((shown_path(path_of(document)), version, was_there, size * was_there))
-        return rows
 
 
 class Leases:
@@ -418,7 +357,7 @@ def _get(key: str, names: Sequence[str]) -> list[Any]:
 def _parsed(key: str, names: Sequence[str], reply: Any) -> dict[str, Any] | None:
     """Return the members in the reply to `_get`, or None if there is no document."""
     if isinstance(reply, Exception):
-        if _is_foreign(reply):
+        if is_foreign(reply):
             raise _foreign(key) from reply
         raise reply
     if reply is None:
@@ -429,7 +368,7 @@ def _parsed(key: str, names: Sequence[str], reply: Any) -> dict[str, Any] | None
     return {name: values[0] for name in names if (values := found[f"$.{name}"])}
 
 
-def _is_foreign(error: Exception) -> bool:
+def is_foreign(error: Exception) -> bool:
     """Whether Redis says that a key is not a JSON document."""
     return isinstance(error, RefusedError) and "wrong" in error.reply.lower()
 
