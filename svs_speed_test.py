@@ -23,7 +23,7 @@ import psutil
 
 from dicomstore import DicomStore
 from dicomstore.blobs.manifest import BATCH_BYTES, DEFAULT_CHUNK_SIZE
-from dicomstore.blobs.wire import ChunkStream, fresh_buffer, run
+from dicomstore.blobs.wire import ChunkStream, complete, fresh_buffer
 from dicomstore.errors import DicomRedisError, NotStoredError, RedisServerError
 from dicomstore.imaging import slide
 from dicomstore.keys import document_key
@@ -128,7 +128,7 @@ def retrieve(
             finished = time.perf_counter()
         return buffer, (finished - started) * 1000, (connected - before) * 1000
 
-    return run(transfer())
+    return complete(transfer())
 
 
 def same_bytes(file: Path, retrieved: memoryview) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from blake3 import blake3
 
 from dicomstore.blobs.manifest import BATCH_BYTES, Document, Manifest
-from dicomstore.blobs.wire import ChunkStream, crc32, run
+from dicomstore.blobs.wire import ChunkStream, complete, crc32
 from dicomstore.errors import DamagedError, MissingChunkError
 from dicomstore.server.connection import SOCKET_TIMEOUT_S, Server
 from dicomstore.server.nodes import Command
@@ -86,7 +86,7 @@ class Chunks:
                 read([scratch[: manifest.length(number)]])
         elif self._goes_by_wire(manifest.size):
             chunks = manifest.chunks()
-            self._stream(lambda stream: stream.send(chunks, read, expire_ms=self._ttl_ms))
+            self._stream(lambda stream: stream.send(chunks, read, ttl_ms=self._ttl_ms))
         else:
             for batch in manifest.batches():
                 pieces = [memoryview(bytearray(manifest.length(number))) for number in batch]
@@ -276,7 +276,7 @@ class Chunks:
             async with ChunkStream(client, timeout=SOCKET_TIMEOUT_S) as stream:
                 await work(stream)
 
-        run(whole())
+        complete(whole())
 
 
 def _fetching(

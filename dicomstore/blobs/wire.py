@@ -1,14 +1,11 @@
 """Many chunks between one Redis server and memory, with asyncio, at the speed of the wire.
 
 A *chunk* is a Redis string whose length is known beforehand. `ChunkStream.fetch` receives any
-number of them into one buffer, `copy` passes them on piece by piece, `send` stores them.
-
-A Redis client makes a Python object of every reply, and its caller copies that to where it
-belongs. Here all that the server has to say around the payloads is known before it says it, so
-`ChunkProtocol` compares instead of parsing: payloads go from the socket to their final place,
-and any other answer is an error. The wire format is RESP2:
-https://redis.io/docs/latest/develop/reference/protocol-spec/
+number of them into one buffer, `copy` passes them on piece by piece, `send` stores them. Each
+moves as many chunks in one *request* as make about half a MiB, with several requests under way.
 """
+
+from __future__ import annotations
 
 import asyncio
 import contextlib
@@ -16,6 +13,7 @@ import ctypes
 import functools
 import itertools
 import mmap
+import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -26,17 +24,27 @@ import redis
 import redis.asyncio
 from imagecodecs import deflate_crc32
 
-from dicomstore.errors import DamagedError, DicomRedisError, MissingChunkError, ServerError
+from dicomstore.blobs.protocol import (
+    NO_PAYLOAD,
+    Answer,
+    Chunk,
+    ChunkProtocol,
+    Step,
+    as_text,
+    command,
+    lay_out_sets,
+    mget_steps,
+    set_steps,
+)
+from dicomstore.errors import DamagedError, DicomRedisError, ServerError
+from dicomstore.server.connection import our_error
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
-Chunk = tuple[bytes, int]  # key, and length in bytes
 
-RUN_BYTES = 1 << 20  # payload of one request: one MGET, or a run of SETs
-RUN_CHUNKS = 1024  # chunks in one request: as many as os.preadv takes in one call
+REQUEST_BYTES = 1 << 20  # payload of one request: one MGET, or several SETs
+REQUEST_CHUNKS = 1024  # as many as os.preadv takes in one call
 REQUESTS = 16  # under way at a time, on all connections: either side holds so much in memory
-READ_BYTES = 256 << 10
-WRITE_BYTES = 256 << 10
 SCRATCH_BYTES = 32 << 10
 WINDOW_BYTES = 16 << 20  # what copy() passes on at a time
 CONNECTING = 64  # connections opened at a time: the usual listen backlog is 511
@@ -44,291 +52,69 @@ OTHER_FILES = 128  # open files that the process may need beside the connections
 POPULATE_BYTES = 16 << 20
 MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it
 
-
 #: Four times as fast as zlib's, which would take longer than the transfer.
 crc32: Callable[[Any], int] = deflate_crc32
 
 
-class ChunkStreamError(DicomRedisError):
-    """Base of the errors below; `key` is the key of the chunk concerned, b"" if there is none."""
+class Part(NamedTuple):
+    """Chunks that lie side by side: the first, the one after the last, and their bytes."""
 
-    def __init__(self, message: str, key: bytes = b"") -> None:
-        super().__init__(message)
-        self.key = key
-
-
-class MissingChunk(ChunkStreamError, MissingChunkError):
-    """There is no string under the key."""
-
-
-class DamagedChunk(ChunkStreamError, DamagedError):
-    """A chunk is longer or shorter than expected, or its CRC-32 is another."""
-
-
-class RefusedByServer(ChunkStreamError, ServerError):
-    """The server answered with an error: out of memory, no permission, loading, ..."""
-
-
-class ConnectionFailed(ChunkStreamError, ServerError):
-    """A connection could not be made, was lost, or was silent for too long."""
-
-
-class Step(NamedTuple):
-    """A piece of an answer: framing, and the payload that it announces."""
-
-    frame: bytes
-    key: bytes
-    length: int  # of the payload, bytes
-
-
-class Answer(NamedTuple):
-    """What the server has to say to a request."""
-
-    steps: Iterator[Step]
-    region: memoryview  # where the payloads go, one after the other
-    done: Callable[[], None]  # called when all of it has come
-
-
-NO_PAYLOAD = memoryview(b"")
-SILENCE = Step(b"\0", b"", 0)  # matches no answer
-
-
-class ChunkProtocol(asyncio.BufferedProtocol):
-    """One connection, and the answers that are outstanding on it.
-
-    Parameters
-    ----------
-    failed
-        Called with the error when the connection or an answer on it goes wrong.
-    scratch
-        Where bytes go that have no place of their own. All connections may share it.
-
-    Notes
-    -----
-    Payloads lie side by side in the region, and one read takes several of them with the framing
-    between. The first is then in its place, and the others are moved down over the framing,
-    while they are in the processor's cache. The end of a region comes by way of the scratch,
-    with what follows it, so that a read never goes beyond the region.
-    """
-
-    def __init__(self, failed: Callable[[ChunkStreamError], None], scratch: memoryview) -> None:
-        self._failed = failed
-        self._scratch = self._target = scratch
-        self._loop = asyncio.get_running_loop()
-        self._transport: asyncio.Transport | None = None
-        self._answers: deque[Answer] = deque()
-        self._outgoing = NO_PAYLOAD
-        self._requests: deque[memoryview] = deque()
-        self._writable = True
-        self._step = SILENCE
-        self._seen = b""  # what has come of the step's framing
-        self._left = 0  # bytes that are still to come of the step's payload
-        self._place = 0  # in the region, where they go
-        self.closed: asyncio.Future[None] | None = None
-        self.heard = self._loop.time()  # when there was the last progress
-
-    @property
-    def busy(self) -> bool:
-        """Whether an answer is outstanding."""
-        return bool(self._answers)
-
-    def error(self, what: str) -> ConnectionFailed:
-        """An error that names what this connection awaits."""
-        key = self._step.key
-        if key:
-            return ConnectionFailed(f"{what} while chunk {_name(key)} was awaited.", key)
-        if self.busy:
-            what += " before it was open; the server may allow fewer connections"
-        return ConnectionFailed(f"{what}.", key)
-
-    def ask(self, request: bytes | memoryview, answer: Answer) -> None:
-        """Send a request, which must stay as it is until the answer is done."""
-        self._answers.append(answer)
-        if len(self._answers) == 1:
-            self.heard = self._loop.time()
-            self._next()
-        self._requests.append(memoryview(request))
-        if self.closed and not self._transport:
-            self._fail(self.error("A connection to Redis was closed"))
-        self._write()
-
-    def abort(self) -> None:
-        """Close at once, and let go of all buffers."""
-        self._answers.clear()
-        self._requests.clear()
-        self._outgoing, self._target, self._step = NO_PAYLOAD, self._scratch, SILENCE
-        if self._transport:
-            transport, self._transport = self._transport, None
-            transport.abort()
-
-    def _fail(self, error: ChunkStreamError) -> None:
-        self.abort()
-        self._failed(error)
-
-    # asyncio calls what follows.
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        self.closed = self._loop.create_future()
-        self.heard = self._loop.time()
-        transport.set_write_buffer_limits(high=1)  # TLS would never resume with 0
-        self._write()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._transport and self.busy:
-            reason = f"was lost ({exc})" if exc else "was closed by the server"
-            self._fail(self.error(f"A connection to Redis {reason}"))
-        self._transport = None
-        if self.closed and not self.closed.done():  # cancelling the wait cancels it
-            self.closed.set_result(None)
-
-    def pause_writing(self) -> None:
-        self._writable = False
-
-    def resume_writing(self) -> None:
-        self._writable = True
-        self.heard = self._loop.time()
-        self._write()
-
-    def _write(self) -> None:
-        while self._transport and self._writable and (self._outgoing or self._requests):
-            # asyncio may copy what the socket does not take at once, so it is offered little.
-            data = self._outgoing or self._requests.popleft()
-            self._outgoing = data[WRITE_BYTES:]
-            self._transport.write(data[:WRITE_BYTES])
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        region = self._answers[0].region if self._answers else NO_PAYLOAD
-        if len(region) - self._place <= len(self._scratch):
-            self._target = self._scratch
-        else:
-            end = self._place + max(self._left + 64, READ_BYTES)
-            self._target = region[self._place : end]
-        return self._target
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self.heard = self._loop.time()
-        data, in_place = self._target, self._target is not self._scratch
-        at = 0
-        while at < nbytes and self._transport:
-            if self._left:
-                size = min(self._left, nbytes - at)
-                if at or not in_place:
-                    region, place = self._answers[0].region, self._place
-                    region[place : place + size] = data[at : at + size]
-                at += size
-                self._place += size
-                self._left -= size
-                if not self._left:
-                    self._next()
-                continue
-            frame, seen = self._step.frame, self._seen
-            end = min(at + max(len(frame) - len(seen), 0), nbytes)
-            self._seen = seen = seen + bytes(data[at:end])
-            at = end
-            if seen == frame:
-                self._seen = b""
-                self._left = self._step.length
-                if not self._left:
-                    self._next()
-            elif not frame.startswith(seen):
-                self._seen += bytes(data[at:nbytes])
-                self._refuse()
-                return
-
-    def _next(self) -> None:
-        """Turn to the next step of the answer; after the last one, to the next answer."""
-        step = next(self._answers[0].steps, None)
-        if step:
-            self._step = step
-            return
-        done = self._answers.popleft().done
-        self._place, self._step = 0, SILENCE
-        if self._answers:
-            self._next()
-        done()
-
-    def _refuse(self) -> None:
-        """Fail with what the server said instead, once the whole line has come."""
-        pairs = enumerate(zip(self._seen, self._step.frame, strict=False))
-        same = next(at for at, (is_so, should_be) in pairs if is_so != should_be)
-        begin = self._seen.rfind(b"\n", 0, same) + 1
-        line, complete, _ = self._seen[begin:].partition(b"\r\n")
-        if not complete and len(line) < 1024:
-            return
-        key, name = self._step.key, _name(self._step.key)
-        if key and line == b"$-1":
-            self._fail(MissingChunk(f"Chunk {name} is not in Redis.", key))
-        elif key and line.startswith(b"$") and line[1:].isdigit():
-            sizes = f"{int(line[1:])} bytes, not {self._step.length}"
-            self._fail(DamagedChunk(f"Chunk {name} has {sizes}.", key))
-        elif line.startswith(b"-"):
-            # Redis quotes the arguments of a command that it does not know: the user's data.
-            text = _name(line[1:].partition(b", with args")[0])
-            what = f"chunk {name}" if key else "a connection"
-            self._fail(RefusedByServer(f"Redis refused {what}: {text}", key))
-        else:
-            self._fail(self.error("Redis gave an answer that is not RESP2"))
-
-
-def supports(client: redis.Redis | redis.RedisCluster) -> bool:
-    """Whether `ChunkStream` connects as this client does.
-
-    It covers what a URL says: TCP, TLS, unix socket, password, ACL user, database 0. A cluster,
-    Sentinel, a credential provider, OCSP or a connection class of one's own it does not.
-    """
-    pool = client.connection_pool if isinstance(client, redis.Redis) else None
-    uncovered = ("credential_provider", "redis_connect_func", "ssl_validate_ocsp_stapled")
-    return (
-        type(pool) in (redis.ConnectionPool, redis.BlockingConnectionPool)
-        and pool is not None
-        and pool.connection_class
-        in (redis.Connection, redis.SSLConnection, redis.UnixDomainSocketConnection)
-        and not any(map(pool.connection_kwargs.get, ("db", "ssl_validate_ocsp", *uncovered)))
-    )
+    first: int
+    last: int
+    begin: int
+    end: int
 
 
 class ChunkStream:
-    """Connections of its own to the server of a redis-py client: `async with ChunkStream(...)`.
+    """Connections of its own to the server of a redis-py client: ``async with ChunkStream(...)``.
+
+    After an error or a cancellation all connections are closed, and the stream cannot be used
+    again.
 
     Parameters
     ----------
-    client
-        Says where the server is and how to log in; see `supports`.
-    connections
+    client : redis.Redis
+        Says where the server is and how to log in; see `Server.wire_client`.
+    connections : int, optional
         How many. More than the default are not faster.
-    timeout
-        Seconds without progress, on any connection that awaits an answer, that are an error.
+    timeout : float, optional
+        For how many seconds a connection that awaits an answer may be silent.
+    requests, request_bytes : int, optional
+        How many requests are under way at a time, and how many bytes of chunks each has at most.
 
     Raises
     ------
-    ChunkStreamError
-        From every method. After an error or a cancellation all connections are closed, and the
-        stream is of no more use.
+    MissingChunkError, DamagedError
+        From `fetch` and `copy`, if a chunk is gone, or has the wrong length or CRC-32.
+    RefusedError
+        From every method, if the server answers with an error.
+    ServerError
+        From every method, if a connection cannot be made, is lost, or is silent for too long.
     """
 
     def __init__(
         self,
-        client: redis.Redis | redis.RedisCluster,
+        client: redis.Redis,
         *,
         connections: int = 8,
         timeout: float = 30.0,
+        requests: int = REQUESTS,
+        request_bytes: int = REQUEST_BYTES,
     ) -> None:
-        if not isinstance(client, redis.Redis) or not supports(client):
-            raise ValueError("ChunkStream cannot connect in the way of this client.")
         if connections < 1:
             raise ValueError(f"connections must be 1 or more, not {connections}.")
         self._class = client.connection_pool.connection_class
         self._options = client.connection_pool.connection_kwargs
         self._count = connections
         self._timeout = timeout
+        self._requests = requests
+        self._request_bytes = request_bytes
         self._scratch = memoryview(bytearray(SCRATCH_BYTES))
         self._connections: list[ChunkProtocol] = []
 
     async def __aenter__(self) -> Self:
         raise_open_files(self._count + OTHER_FILES)
-        self._error: asyncio.Future[ChunkStreamError] = asyncio.get_running_loop().create_future()
+        self._error: asyncio.Future[DicomRedisError] = asyncio.get_running_loop().create_future()
         await self._watch(self._connect())
         return self
 
@@ -336,12 +122,12 @@ class ChunkStream:
         self._abort("is closed")
         await self._closed()
 
-    def _fail(self, error: ChunkStreamError) -> None:
+    def _fail(self, error: DicomRedisError) -> None:
         if not self._error.done():
             self._error.set_result(error)
 
     def _abort(self, why: str) -> None:
-        self._fail(ConnectionFailed(f"This ChunkStream {why}."))
+        self._fail(ServerError(f"This ChunkStream {why}."))
         for connection in self._connections:
             connection.abort()
 
@@ -349,7 +135,7 @@ class ChunkStream:
         await asyncio.gather(*(each.closed for each in self._connections if each.closed))
 
     async def _watch(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Run `work` to its end, or to the first error or long silence of a connection."""
+        """Await `work`, the first error of a connection, or a long silence of one."""
         loop = asyncio.get_running_loop()
         task = loop.create_task(work)
         try:
@@ -360,7 +146,7 @@ class ChunkStream:
                 if quietest:
                     patience -= loop.time() - quietest.heard
                 if quietest and patience <= 0:
-                    raise quietest.error(f"Redis was silent for {self._timeout:g} s")
+                    raise quietest.lost(f"a connection was silent for {self._timeout:g} s")
                 if self._error.done():
                     raise self._error.result()
                 await asyncio.wait(
@@ -373,16 +159,18 @@ class ChunkStream:
             await asyncio.gather(task, self._closed(), return_exceptions=True)
             raise
 
+    # --- connecting ---
+
     async def _connect(self) -> None:
         """Open all connections, the first one alone: the others use the address it found."""
         options = self._options
         address = host = options.get("host") or "localhost"
         port = int(options.get("port") or 6379)
         user, password = options.get("username"), options.get("password") or ""
-        request, reply = _command("PING"), b"+PONG\r\n"
+        request, reply = command("PING"), b"+PONG\r\n"
         if user or password:
             login = (user, password) if user else (password,)
-            request, reply = _command("AUTH", *login), b"+OK\r\n"
+            request, reply = command("AUTH", *login), b"+OK\r\n"
         tls: dict[str, Any] = {}
         if self._class is redis.SSLConnection:
             of_tls = {k: v for k, v in options.items() if k.startswith("ssl_") and "ocsp" not in k}
@@ -404,7 +192,7 @@ class ChunkStream:
                     made = await loop.create_connection(lambda: connection, address, port, **tls)
                     address = made[0].get_extra_info("peername")[0]
             except OSError as error:
-                self._fail(ConnectionFailed(f"Cannot connect to Redis: {error}."))
+                self._fail(our_error(redis.ConnectionError(f"cannot connect: {error}")))
             await opened
 
         async def connect_some() -> None:
@@ -415,6 +203,8 @@ class ChunkStream:
         others = iter(range(self._count - 1))
         await asyncio.gather(*(connect_some() for _ in range(CONNECTING)))
 
+    # --- out ---
+
     async def fetch(
         self, chunks: Sequence[Chunk], buffer: Any, *, crcs: Sequence[int] | None = None
     ) -> None:
@@ -422,17 +212,17 @@ class ChunkStream:
 
         Parameters
         ----------
-        chunks
+        chunks : sequence of (bytes, int)
             Key and length of each, in the order in which they lie in the buffer.
-        buffer
-            Writable and as long as all of them. After an error its content is undefined.
-        crcs
+        buffer : writable buffer
+            As long as all of them together. After an error its content is undefined.
+        crcs : sequence of int, optional
             The CRC-32 of each chunk, where it is to be checked.
 
         Raises
         ------
         ValueError
-            The buffer is read-only or of another length.
+            If the buffer is read-only or has the wrong length.
         """
         view = memoryview(buffer)
         size = sum(length for _, length in chunks)
@@ -448,35 +238,35 @@ class ChunkStream:
         received = loop.create_future()
         checks: list[asyncio.Future[None]] = []
         share = -(-len(chunks) // (2 * self._count))
-        runs = _runs(chunks, RUN_BYTES, min(RUN_CHUNKS, share))
+        parts = _cut(chunks, self._request_bytes, min(REQUEST_CHUNKS, share))
         idle = deque(self._connections * 2)
-        outstanding = 0
+        under_way = 0
 
         def ask_next() -> None:
-            """Give the next run to the connection that has waited longest."""
-            nonlocal outstanding
-            run = next(runs, None)
-            if run is None:
-                if not outstanding and not received.done():
+            """Ask for the next part on the connection that has waited longest."""
+            nonlocal under_way
+            part = next(parts, None)
+            if part is None:
+                if not under_way and not received.done():
                     received.set_result(None)
                 return
-            first, last, begin, end = run
+            first, last, begin, end = part
             asked, region, connection = chunks[first:last], view[begin:end], idle.popleft()
 
             def done() -> None:
-                nonlocal outstanding
-                outstanding -= 1
+                nonlocal under_way
+                under_way -= 1
                 idle.append(connection)
                 if crcs is not None:
                     check = loop.run_in_executor(None, _check, asked, region, crcs[first:last])
                     checks.append(check)
                 ask_next()
 
-            outstanding += 1
-            request = _command("MGET", *(key for key, _ in asked))
-            connection.ask(request, Answer(_mget_steps(asked), region, done))
+            under_way += 1
+            request = command("MGET", *(key for key, _ in asked))
+            connection.ask(request, Answer(mget_steps(asked), region, done))
 
-        for _ in range(min(REQUESTS, len(idle))):
+        for _ in range(min(self._requests, len(idle))):
             ask_next()
         try:
             await received
@@ -491,23 +281,26 @@ class ChunkStream:
         write: Callable[[memoryview], object],
         *,
         crcs: Sequence[int] | None = None,
+        window: int = WINDOW_BYTES,
     ) -> None:
-        """Pass the bytes of chunks on, in order and piece by piece, in some 32 MiB of memory.
+        """Pass the bytes of chunks on, in order and piece by piece, in little memory.
 
         Parameters
         ----------
         chunks, crcs
-            As for `fetch`. What is wrong with a chunk is found before its bytes are passed on.
-        write
-            Called in a thread with up to 16 MiB at a time, while the next ones are received.
-            The view is valid until it returns.
+            As for `fetch`. A chunk is checked before its bytes are passed on.
+        write : callable
+            Called in a thread with each piece, while the next one is received. The view is valid
+            until it returns.
+        window : int, optional
+            How many bytes a piece has at most, and one chunk at least. Two pieces are in memory.
         """
-        windows = list(_runs(chunks, WINDOW_BYTES, len(chunks)))
-        size = max((end - begin for _, _, begin, end in windows), default=0)
-        buffers = itertools.cycle([memoryview(bytearray(size)) for _ in windows[:2]])
+        parts = list(_cut(chunks, window, len(chunks)))
+        size = max((part.end - part.begin for part in parts), default=0)
+        buffers = itertools.cycle([memoryview(bytearray(size)) for _ in parts[:2]])
         written: asyncio.Task[object] = asyncio.create_task(asyncio.sleep(0))
         try:
-            for (first, last, begin, end), buffer in zip(windows, buffers, strict=False):
+            for (first, last, begin, end), buffer in zip(parts, buffers, strict=False):
                 view = buffer[: end - begin]
                 await self.fetch(chunks[first:last], view, crcs=crcs and crcs[first:last])
                 await written
@@ -516,125 +309,90 @@ class ChunkStream:
         finally:
             await asyncio.gather(written, return_exceptions=True)
 
+    # --- in ---
+
     async def send(
         self,
         chunks: Sequence[Chunk],
         read: Callable[[list[memoryview]], int],
         *,
-        expire_ms: int | None = None,
+        ttl_ms: int | None = None,
     ) -> None:
-        """Store chunks, whose bytes are read while the ones before are sent.
+        """Store chunks, whose bytes are read while those before them are on the way.
+
+        After an error some of the chunks may be stored; the caller has to delete them.
 
         Parameters
         ----------
-        chunks
+        chunks : sequence of (bytes, int)
             Key and length of each.
-        read
-            Called in a thread, in order, with a view for each of the next chunks (about 1 MiB
-            in all); fills them and returns the number of bytes, as
-            ``lambda views: os.preadv(file, views, offset)`` does. From there the bytes go to
-            the socket. The views are valid until it returns.
-        expire_ms
+        read : callable
+            Called in one thread, in order, with a view for each chunk of a request; fills the
+            views and returns the number of bytes, as
+            ``lambda views: os.preadv(file, views, offset)`` does. The bytes go from there to the
+            socket. The views are valid until it returns.
+        ttl_ms : int, optional
             Time to live of the chunks, ms.
 
         Raises
         ------
         EOFError
-            `read` filled less than the views.
-
-        Notes
-        -----
-        After an error some of the chunks may be stored: to delete them is up to the caller.
+            If `read` filled less than the views.
         """
-        await self._watch(self._send(chunks, read, expire_ms))
+        await self._watch(self._send(chunks, read, ttl_ms))
 
     async def _send(
         self,
         chunks: Sequence[Chunk],
         read: Callable[[list[memoryview]], int],
-        expire_ms: int | None,
+        ttl_ms: int | None,
     ) -> None:
-        free: asyncio.Queue[tuple[ChunkProtocol, memoryview]] = asyncio.Queue()
-        lanes = (self._connections * 2)[:REQUESTS]
-        for connection in lanes:
-            free.put_nowait((connection, NO_PAYLOAD))
-        for first, last, begin, end in _runs(chunks, RUN_BYTES, RUN_CHUNKS):
-            connection, buffer = await free.get()
-            asked = chunks[first:last]
-            request, buffer, payloads = _lay_out_sets(asked, buffer, expire_ms)
-            filled = await _in_thread(read, payloads)
-            if filled != end - begin:
-                name = _name(asked[0][0])
-                raise EOFError(
-                    f"Only {filled} bytes of {end - begin} to read from chunk {name} on."
-                )
-            steps = (Step(b"+OK\r\n", key, 0) for key, _ in asked)
-            done = functools.partial(free.put_nowait, (connection, buffer))
-            connection.ask(request, Answer(steps, NO_PAYLOAD, done))
-        for _ in lanes:
-            await free.get()
+        loop = asyncio.get_running_loop()
+        places = (self._connections * 2)[: self._requests]
+        free: queue.SimpleQueue[tuple[ChunkProtocol, memoryview]] = queue.SimpleQueue()
+        for connection in places:
+            free.put((connection, NO_PAYLOAD))
+        stop = threading.Event()
+
+        def read_all() -> None:
+            for first, last, begin, end in _cut(chunks, self._request_bytes, REQUEST_CHUNKS):
+                connection, buffer = free.get()
+                if stop.is_set():
+                    return
+                asked = chunks[first:last]
+                request, buffer, payloads = lay_out_sets(asked, buffer, ttl_ms)
+                filled = read(payloads)
+                if filled != end - begin:
+                    raise EOFError(
+                        f"{filled} bytes could be read where {end - begin} were expected, from "
+                        f"the chunk {as_text(asked[0][0])} on."
+                    )
+                release = functools.partial(free.put, (connection, buffer))
+                answer = Answer(set_steps(asked), NO_PAYLOAD, release)
+                loop.call_soon_threadsafe(connection.ask, request, answer)
+            for _ in places:
+                free.get()  # when its last answer has come
+
+        reading = loop.run_in_executor(None, read_all)
+        try:
+            await asyncio.shield(reading)
+        finally:
+            stop.set()
+            for connection in places:
+                free.put((connection, NO_PAYLOAD))
+            await asyncio.gather(reading, return_exceptions=True)
 
 
-def _runs(chunks: Sequence[Chunk], size: int, count: int) -> Iterator[tuple[int, int, int, int]]:
-    """Cut chunks into runs of at most `size` bytes and `count` chunks, but at least one chunk.
-
-    Yields the indices of the first chunk and of the one after the last, and the bytes between
-    which they lie.
-    """
+def _cut(chunks: Sequence[Chunk], size: int, count: int) -> Iterator[Part]:
+    """Cut chunks into parts of at most `size` bytes and `count` chunks, but at least one chunk."""
     first = begin = end = 0
     for index, (_, length) in enumerate(chunks):
         if index > first and (index - first >= count or end - begin + length > size):
-            yield first, index, begin, end
+            yield Part(first, index, begin, end)
             first, begin = index, end
         end += length
     if chunks:
-        yield first, len(chunks), begin, end
-
-
-def _name(key: bytes) -> str:
-    return key.decode("utf-8", "backslashreplace")
-
-
-def _command(*words: bytes | str) -> bytes:
-    """A command in RESP2: an array of bulk strings."""
-    coded = [word.encode() if isinstance(word, str) else word for word in words]
-    strings = [b"$%d\r\n%b\r\n" % (len(word), word) for word in coded]
-    return b"*%d\r\n%b" % (len(words), b"".join(strings))
-
-
-def _mget_steps(chunks: Sequence[Chunk]) -> Iterator[Step]:
-    """The answer to an MGET of `chunks`."""
-    before, key = b"*%d" % len(chunks), b""
-    for key, length in chunks:
-        yield Step(b"%b\r\n$%d\r\n" % (before, length), key, length)
-        before = b""
-    yield Step(b"\r\n", key, 0)
-
-
-def _lay_out_sets(
-    chunks: Sequence[Chunk], buffer: memoryview, expire_ms: int | None
-) -> tuple[memoryview, memoryview, list[memoryview]]:
-    """Write one SET per chunk to `buffer`, without the payloads.
-
-    Returns the requests, the buffer (another one if it was too small), and the places of the
-    payloads.
-    """
-    words, tail = 3, b"\r\n"
-    if expire_ms is not None:
-        words, tail = 5, b"\r\n$2\r\nPX\r\n$%d\r\n%d\r\n" % (len(str(expire_ms)), expire_ms)
-    size = sum(len(key) + length + len(tail) + 64 for key, length in chunks)
-    if len(buffer) < size:
-        buffer = memoryview(bytearray(size))
-    places, at = [], 0
-    for key, length in chunks:
-        head = b"*%d\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (words, len(key), key, length)
-        begin = at + len(head)
-        end = begin + length
-        buffer[at:begin] = head
-        places.append(buffer[begin:end])
-        at = end + len(tail)
-        buffer[end:at] = tail
-    return buffer[:at], buffer, places
+        yield Part(first, len(chunks), begin, end)
 
 
 def _check(chunks: Sequence[Chunk], region: memoryview, crcs: Sequence[int]) -> None:
@@ -642,17 +400,17 @@ def _check(chunks: Sequence[Chunk], region: memoryview, crcs: Sequence[int]) -> 
     at = 0
     for (key, length), expected in zip(chunks, crcs, strict=True):
         if crc32(region[at : at + length]) != expected:
-            raise DamagedChunk(f"Chunk {_name(key)} has another CRC-32 than expected.", key)
+            raise DamagedError.of(as_text(key))
         at += length
 
 
 async def _in_thread(function: Callable[[Argument], Result], argument: Argument) -> Result:
-    """`asyncio.to_thread`, but a cancellation waits for the thread: it uses the caller's files."""
-    running = asyncio.get_running_loop().run_in_executor(None, function, argument)
+    """Call `function` in a thread; a cancellation waits for it: it uses the caller's file."""
+    call = asyncio.get_running_loop().run_in_executor(None, function, argument)
     try:
-        return await asyncio.shield(running)
+        return await asyncio.shield(call)
     finally:
-        await asyncio.gather(running, return_exceptions=True)
+        await asyncio.gather(call, return_exceptions=True)
 
 
 def raise_open_files(needed: int) -> None:
@@ -660,8 +418,8 @@ def raise_open_files(needed: int) -> None:
 
     Raises
     ------
-    ConnectionFailed
-        The hard limit is too low for that.
+    ServerError
+        If the hard limit is too low for that.
     """
     try:
         import resource
@@ -671,18 +429,18 @@ def raise_open_files(needed: int) -> None:
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
-        raise ConnectionFailed(
+        raise ServerError(
             f"{needed} open files are needed and {hard} are allowed: type `ulimit -n {needed}` "
             "first, as root if that is refused, or ask for fewer connections."
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def run(coroutine: Coroutine[Any, Any, Result]) -> Result:
-    """Run a coroutine to its end, also where an event loop is running already (Jupyter).
+def complete(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """Await a coroutine from plain code, also where an event loop is at work already (Jupyter).
 
-    There it runs in a thread of its own, while this one waits. Ctrl-C cancels it either way, and
-    is raised again when it has ended.
+    There it has a thread of its own, while this one waits. Ctrl-C cancels it either way, and is
+    raised again when it has ended.
     """
     try:
         asyncio.get_running_loop()
@@ -709,10 +467,10 @@ def run(coroutine: Coroutine[Any, Any, Result]) -> Result:
 
 
 def fresh_buffer(size: int) -> memoryview:
-    """Writable memory of `size` bytes, all zero, that is faster to fill than a new bytearray.
+    """Return `size` writable bytes, all zero, that are faster to fill than a new bytearray.
 
-    The page faults of fresh memory cost about as much time as the transfer. So this is in huge
-    pages, which a thread has the kernel provide ahead of the transfer, where there is all that.
+    The page faults of fresh memory cost about as much time as the transfer. So this memory is in
+    huge pages, which a thread has the kernel provide ahead of the transfer, where it can.
     """
     if size < POPULATE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return memoryview(bytearray(size))
