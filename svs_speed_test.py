@@ -24,7 +24,7 @@ from blake3 import blake3
 
 from dicomstore import DicomStore
 from dicomstore.blobs.manifest import BATCH_BYTES, DEFAULT_CHUNK_SIZE
-from dicomstore.blobs.wire import ChunkStream, finish, fresh_buffer
+from dicomstore.blobs.wire import ChunkStream, complete, fresh_buffer
 from dicomstore.errors import DicomRedisError, NotStoredError, RedisServerError
 from dicomstore.imaging import slide
 from dicomstore.keys import document_key
@@ -148,7 +148,7 @@ def retrieve(
         return view, (time.perf_counter() - started) * 1000, 0.0
 
     try:
-        result = in_pipelines() if client is None else finish(transfer())
+        result = in_pipelines() if client is None else complete(transfer())
         if into and scratch:
             scratch.replace(into)
         return result

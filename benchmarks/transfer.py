@@ -31,7 +31,7 @@ import svs_speed_test as speed  # noqa: E402 - the project is not installed, but
 from demo.slide import write_sample_slide  # noqa: E402
 from dicomstore import DicomStore, connect  # noqa: E402
 from dicomstore.blobs.manifest import DEFAULT_CHUNK_SIZE, Manifest  # noqa: E402
-from dicomstore.blobs.wire import ChunkStream, finish, fresh_buffer  # noqa: E402
+from dicomstore.blobs.wire import ChunkStream, complete, fresh_buffer  # noqa: E402
 from dicomstore.server.embedded import BUILD_FOLDER, RedisServer  # noqa: E402
 
 MIB = 1024 * 1024
@@ -146,7 +146,7 @@ class Bench:
                 await stream.fetch(chunks, self.touched)
                 return time.perf_counter() - start
 
-        return finish(transfer())
+        return complete(transfer())
 
     def read_checked(self, *, checked: bool) -> Method:
         """`store.read` of 200 MiB with its CRC-32, or the same transfer without."""
@@ -161,7 +161,7 @@ class Bench:
                 async with ChunkStream(self.client) as stream:
                     await stream.fetch(chunks, view, crcs=crcs)
 
-            return timed(lambda: finish(transfer()))
+            return timed(lambda: complete(transfer()))
 
         return retrieve
 

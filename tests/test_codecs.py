@@ -11,8 +11,8 @@ from conftest import PYDICOM_FILES
 from pictures import drawn, image, needs_oracle
 from pydicom import uid
 
+from dicomstore import DicomStore
 from dicomstore.imaging import codecs, header, rendering, thumbnail, values
-from dicomstore.store import DicomStore
 
 Y, X = np.mgrid[:48, :56]
 GREY8 = (X * 2 + Y * 2).astype(np.uint8)

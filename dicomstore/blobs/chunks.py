@@ -15,7 +15,7 @@ from typing import Any
 from blake3 import blake3
 
 from dicomstore.blobs.manifest import BATCH_BYTES, Document, Manifest
-from dicomstore.blobs.wire import ChunkStream, crc32, finish
+from dicomstore.blobs.wire import ChunkStream, complete, crc32
 from dicomstore.errors import DamagedError, MissingChunkError
 from dicomstore.server.connection import SOCKET_TIMEOUT_S, Server
 from dicomstore.server.nodes import Command
@@ -264,7 +264,7 @@ class Chunks:
             async with ChunkStream(client, timeout=SOCKET_TIMEOUT_S) as stream:
                 await work(stream)
 
-        finish(whole())
+        complete(whole())
 
 
 def _groups(documents: Sequence[Document]) -> Iterator[list[Document]]:

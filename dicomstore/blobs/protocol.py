@@ -1,8 +1,9 @@
-"""What passes between one Redis server and one connection, compared instead of parsed.
+"""The Redis protocol, as far as moving chunks needs it.
 
-All that the server has to say around the payloads is known before it says it: payloads go from the
-socket to their final place, and any other answer is an error. The wire format is RESP2:
-https://redis.io/docs/latest/develop/reference/protocol-spec/
+A Redis client makes a Python object of every reply, and its caller copies that to where it belongs.
+Here every byte around the payloads is known before it comes. So `ChunkProtocol` compares instead of
+parsing: payloads go from the socket to their final place, and any other answer is an error. The
+format is RESP2: https://redis.io/docs/latest/develop/reference/protocol-spec/
 """
 
 from __future__ import annotations
@@ -12,18 +13,17 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from dicomstore.errors import (
-    DamagedError,
-    DicomRedisError,
-    MissingChunkError,
-    RefusedError,
-    ServerError,
-)
+import redis
+from redis.connection import DefaultParser
+
+from dicomstore.errors import DamagedError, DicomRedisError, MissingChunkError
+from dicomstore.server.connection import our_error
 
 Chunk = tuple[bytes, int]  # key, and length in bytes
 
 READ_BYTES = 256 << 10
 WRITE_BYTES = 256 << 10
+LINE_BYTES = 1024  # of an error reply, what is read before it is reported
 
 
 class Step(NamedTuple):
@@ -35,7 +35,7 @@ class Step(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What the server has to say to a request."""
+    """What the server is to answer to a request."""
 
     steps: Iterator[Step]
     region: memoryview  # where the payloads go, one after the other
@@ -47,7 +47,7 @@ SILENCE = Step(b"\0", b"", 0)  # matches no answer
 
 
 class ChunkProtocol(asyncio.BufferedProtocol):
-    """One connection, and the answers that are outstanding on it.
+    """One connection, and the answers that it awaits.
 
     Parameters
     ----------
@@ -55,6 +55,8 @@ class ChunkProtocol(asyncio.BufferedProtocol):
         Called with the error when the connection or an answer on it goes wrong.
     scratch
         Where bytes go that have no place of their own. All connections may share it.
+    read_bytes
+        How much one read takes at least.
 
     Notes
     -----
@@ -64,9 +66,16 @@ class ChunkProtocol(asyncio.BufferedProtocol):
     with what follows it, so that a read never goes beyond the region.
     """
 
-    def __init__(self, failed: Callable[[DicomRedisError], None], scratch: memoryview) -> None:
+    def __init__(
+        self,
+        failed: Callable[[DicomRedisError], None],
+        scratch: memoryview,
+        *,
+        read_bytes: int = READ_BYTES,
+    ) -> None:
         self._failed = failed
         self._scratch = self._target = scratch
+        self._read_bytes = read_bytes
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._answers: deque[Answer] = deque()
@@ -82,17 +91,14 @@ class ChunkProtocol(asyncio.BufferedProtocol):
 
     @property
     def busy(self) -> bool:
-        """Whether an answer is outstanding."""
+        """Whether an answer is awaited."""
         return bool(self._answers)
 
-    def error(self, what: str) -> ServerError:
-        """An error that names what this connection awaits."""
-        key = self._step.key
-        if key:
-            return ServerError(f"{what} while the chunk {shown_key(key)} was awaited. Try again.")
-        if self.busy:
+    def lost(self, what: str) -> DicomRedisError:
+        """Return the error for a connection that is of no use any more."""
+        if self.busy and not self._step.key:
             what += " before it was open; the server may allow fewer connections"
-        return ServerError(f"{what}. Try again.")
+        return our_error(redis.ConnectionError(what))
 
     def ask(self, request: bytes | memoryview, answer: Answer) -> None:
         """Send a request, which must stay as it is until the answer is done."""
@@ -102,7 +108,7 @@ class ChunkProtocol(asyncio.BufferedProtocol):
             self._next()
         self._requests.append(memoryview(request))
         if self.closed and not self._transport:
-            self._fail(self.error("A connection to Redis was closed"))
+            self._fail(self.lost("a connection was closed"))
         self._write()
 
     def abort(self) -> None:
@@ -118,7 +124,7 @@ class ChunkProtocol(asyncio.BufferedProtocol):
         self.abort()
         self._failed(error)
 
-    # asyncio calls what follows.
+    # --- called by asyncio ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -130,8 +136,8 @@ class ChunkProtocol(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._transport and self.busy:
-            reason = f"was lost ({exc})" if exc else "was closed by the server"
-            self._fail(self.error(f"A connection to Redis {reason}"))
+            how = f"lost ({exc})" if exc else "closed by the server"
+            self._fail(self.lost(f"a connection was {how}"))
         self._transport = None
         if self.closed and not self.closed.done():  # cancelling the wait cancels it
             self.closed.set_result(None)
@@ -156,7 +162,7 @@ class ChunkProtocol(asyncio.BufferedProtocol):
         if len(region) - self._place <= len(self._scratch):
             self._target = self._scratch
         else:
-            end = self._place + max(self._left + 64, READ_BYTES)
+            end = self._place + max(self._left + 64, self._read_bytes)
             self._target = region[self._place : end]
         return self._target
 
@@ -187,7 +193,7 @@ class ChunkProtocol(asyncio.BufferedProtocol):
                     self._next()
             elif not frame.startswith(seen):
                 self._seen += bytes(data[at:nbytes])
-                self._refuse()
+                self._report()
                 return
 
     def _next(self) -> None:
@@ -202,41 +208,40 @@ class ChunkProtocol(asyncio.BufferedProtocol):
             self._next()
         done()
 
-    def _refuse(self) -> None:
-        """Fail with what the server said instead, once the whole line has come."""
+    def _report(self) -> None:
+        """Fail with what the server says instead, once the whole line has come."""
         pairs = enumerate(zip(self._seen, self._step.frame, strict=False))
         same = next(at for at, (is_so, should_be) in pairs if is_so != should_be)
         begin = self._seen.rfind(b"\n", 0, same) + 1
         line, complete, _ = self._seen[begin:].partition(b"\r\n")
-        if not complete and len(line) < 1024:
+        if not complete and len(line) < LINE_BYTES:
             return
-        key, name = self._step.key, shown_key(self._step.key)
+        key = as_text(self._step.key)
         if key and line == b"$-1":
-            self._fail(MissingChunkError.of([name]))
+            self._fail(MissingChunkError.of([key]))
         elif key and line.startswith(b"$") and line[1:].isdigit():
-            self._fail(DamagedError.of(name))
+            self._fail(DamagedError.of(key))
         elif line.startswith(b"-"):
-            # Redis quotes the arguments of a command that it does not know: the user's data.
-            text = shown_key(line[1:].partition(b", with args")[0])
-            what = f"the chunk {name}" if key else "a connection"
-            self._fail(RefusedError(f"Redis refused {what}: {text}.", text))
+            reply = DefaultParser.parse_error(as_text(line[1:]))  # type: ignore[no-untyped-call]
+            self._fail(our_error(reply))
         else:
-            self._fail(self.error("Redis gave an answer that is not RESP2"))
+            self._fail(our_error(redis.ConnectionError("its answer is not RESP2")))
 
 
-def shown_key(key: bytes) -> str:
+def as_text(key: bytes) -> str:
+    """Return a key as errors show it."""
     return key.decode("utf-8", "backslashreplace")
 
 
 def command(*words: bytes | str) -> bytes:
-    """A command in RESP2: an array of bulk strings."""
+    """Return a command in RESP2: an array of bulk strings."""
     coded = [word.encode() if isinstance(word, str) else word for word in words]
     strings = [b"$%d\r\n%b\r\n" % (len(word), word) for word in coded]
     return b"*%d\r\n%b" % (len(words), b"".join(strings))
 
 
 def mget_steps(chunks: Sequence[Chunk]) -> Iterator[Step]:
-    """The answer to an MGET of `chunks`."""
+    """Yield the answer to an MGET of `chunks`."""
     before, key = b"*%d" % len(chunks), b""
     for key, length in chunks:
         yield Step(b"%b\r\n$%d\r\n" % (before, length), key, length)
@@ -244,13 +249,20 @@ def mget_steps(chunks: Sequence[Chunk]) -> Iterator[Step]:
     yield Step(b"\r\n", key, 0)
 
 
+def set_steps(chunks: Sequence[Chunk]) -> Iterator[Step]:
+    """Yield the answers to a SET of each of `chunks`."""
+    return (Step(b"+OK\r\n", key, 0) for key, _ in chunks)
+
+
 def lay_out_sets(
     chunks: Sequence[Chunk], buffer: memoryview, ttl_ms: int | None
 ) -> tuple[memoryview, memoryview, list[memoryview]]:
     """Write one SET per chunk to `buffer`, without the payloads.
 
-    Returns the requests, the buffer (another one if it was too small), and the places of the
-    payloads.
+    Returns
+    -------
+    memoryview, memoryview, list of memoryview
+        The commands; the buffer, a new one if it was too small; the places of the payloads.
     """
     words, tail = 3, b"\r\n"
     if ttl_ms is not None:

@@ -1,14 +1,11 @@
 """Many chunks between one Redis server and memory, with asyncio, at the speed of the wire.
 
 A *chunk* is a Redis string whose length is known beforehand. `ChunkStream.fetch` receives any
-number of them into one buffer, `copy` passes them on piece by piece, `send` stores them.
-
-A Redis client makes a Python object of every reply, and its caller copies that to where it
-belongs. Here all that the server has to say around the payloads is known before it says it, so
-`ChunkProtocol` compares instead of parsing: payloads go from the socket to their final place,
-and any other answer is an error. The wire format is RESP2:
-https://redis.io/docs/latest/develop/reference/protocol-spec/
+number of them into one buffer, `copy` passes them on piece by piece, `send` stores them. Each
+moves as many chunks in one *request* as make about half a MiB, with several requests under way.
 """
+
+from __future__ import annotations
 
 import asyncio
 import contextlib
@@ -16,11 +13,12 @@ import ctypes
 import functools
 import itertools
 import mmap
+import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import redis
 import redis.asyncio
@@ -32,21 +30,20 @@ from dicomstore.blobs.protocol import (
     Chunk,
     ChunkProtocol,
     Step,
+    as_text,
     command,
     lay_out_sets,
     mget_steps,
-    shown_key,
+    set_steps,
 )
-from dicomstore.errors import (
-    DamagedError,
-    DicomRedisError,
-    ServerError,
-)
+from dicomstore.errors import DamagedError, DicomRedisError, ServerError
+from dicomstore.server.connection import our_error
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
+
 REQUEST_BYTES = 1 << 20  # payload of one request: one MGET, or several SETs
-REQUEST_CHUNKS = 1024  # chunks in one request: as many as os.preadv takes in one call
+REQUEST_CHUNKS = 1024  # as many as os.preadv takes in one call
 REQUESTS = 16  # under way at a time, on all connections: either side holds so much in memory
 SCRATCH_BYTES = 32 << 10
 WINDOW_BYTES = 16 << 20  # what copy() passes on at a time
@@ -55,28 +52,44 @@ OTHER_FILES = 128  # open files that the process may need beside the connections
 POPULATE_BYTES = 16 << 20
 MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it
 
-
 #: Four times as fast as zlib's, which would take longer than the transfer.
 crc32: Callable[[Any], int] = deflate_crc32
 
 
+class Part(NamedTuple):
+    """Chunks that lie side by side: the first, the one after the last, and their bytes."""
+
+    first: int
+    last: int
+    begin: int
+    end: int
+
+
 class ChunkStream:
-    """Connections of its own to the server of a redis-py client: `async with ChunkStream(...)`.
+    """Connections of its own to the server of a redis-py client: ``async with ChunkStream(...)``.
+
+    After an error or a cancellation all connections are closed, and the stream cannot be used
+    again.
 
     Parameters
     ----------
-    client
-        Says where the server is and how to log in, as `Server.wire_client` gives it.
-    connections
+    client : redis.Redis
+        Says where the server is and how to log in; see `Server.wire_client`.
+    connections : int, optional
         How many. More than the default are not faster.
-    timeout
-        Seconds without progress, on any connection that awaits an answer, that are an error.
+    timeout : float, optional
+        For how many seconds a connection that awaits an answer may be silent.
+    requests, request_bytes : int, optional
+        How many requests are under way at a time, and how many bytes of chunks each has at most.
 
     Raises
     ------
-    DicomRedisError
-        From every method. After an error or a cancellation all connections are closed, and the
-        stream is of no more use.
+    MissingChunkError, DamagedError
+        From `fetch` and `copy`, if a chunk is gone, or has the wrong length or CRC-32.
+    RefusedError
+        From every method, if the server answers with an error.
+    ServerError
+        From every method, if a connection cannot be made, is lost, or is silent for too long.
     """
 
     def __init__(
@@ -85,6 +98,8 @@ class ChunkStream:
         *,
         connections: int = 8,
         timeout: float = 30.0,
+        requests: int = REQUESTS,
+        request_bytes: int = REQUEST_BYTES,
     ) -> None:
         if connections < 1:
             raise ValueError(f"connections must be 1 or more, not {connections}.")
@@ -92,6 +107,8 @@ class ChunkStream:
         self._options = client.connection_pool.connection_kwargs
         self._count = connections
         self._timeout = timeout
+        self._requests = requests
+        self._request_bytes = request_bytes
         self._scratch = memoryview(bytearray(SCRATCH_BYTES))
         self._connections: list[ChunkProtocol] = []
 
@@ -118,7 +135,7 @@ class ChunkStream:
         await asyncio.gather(*(each.closed for each in self._connections if each.closed))
 
     async def _watch(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Run `work` to its end, or to the first error or long silence of a connection."""
+        """Await `work`, the first error of a connection, or a long silence of one."""
         loop = asyncio.get_running_loop()
         task = loop.create_task(work)
         try:
@@ -129,7 +146,7 @@ class ChunkStream:
                 if quietest:
                     patience -= loop.time() - quietest.heard
                 if quietest and patience <= 0:
-                    raise quietest.error(f"Redis was silent for {self._timeout:g} s")
+                    raise quietest.lost(f"a connection was silent for {self._timeout:g} s")
                 if self._error.done():
                     raise self._error.result()
                 await asyncio.wait(
@@ -141,6 +158,8 @@ class ChunkStream:
             task.cancel()
             await asyncio.gather(task, self._closed(), return_exceptions=True)
             raise
+
+    # --- connecting ---
 
     async def _connect(self) -> None:
         """Open all connections, the first one alone: the others use the address it found."""
@@ -173,7 +192,7 @@ class ChunkStream:
                     made = await loop.create_connection(lambda: connection, address, port, **tls)
                     address = made[0].get_extra_info("peername")[0]
             except OSError as error:
-                self._fail(ServerError(f"Cannot connect to Redis: {error}."))
+                self._fail(our_error(redis.ConnectionError(f"cannot connect: {error}")))
             await opened
 
         async def connect_some() -> None:
@@ -184,6 +203,8 @@ class ChunkStream:
         others = iter(range(self._count - 1))
         await asyncio.gather(*(connect_some() for _ in range(CONNECTING)))
 
+    # --- out ---
+
     async def fetch(
         self, chunks: Sequence[Chunk], buffer: Any, *, crcs: Sequence[int] | None = None
     ) -> None:
@@ -191,17 +212,17 @@ class ChunkStream:
 
         Parameters
         ----------
-        chunks
+        chunks : sequence of (bytes, int)
             Key and length of each, in the order in which they lie in the buffer.
-        buffer
-            Writable and as long as all of them. After an error its content is undefined.
-        crcs
+        buffer : writable buffer
+            As long as all of them together. After an error its content is undefined.
+        crcs : sequence of int, optional
             The CRC-32 of each chunk, where it is to be checked.
 
         Raises
         ------
         ValueError
-            The buffer is read-only or of another length.
+            If the buffer is read-only or has the wrong length.
         """
         view = memoryview(buffer)
         size = sum(length for _, length in chunks)
@@ -217,35 +238,35 @@ class ChunkStream:
         received = loop.create_future()
         checks: list[asyncio.Future[None]] = []
         share = -(-len(chunks) // (2 * self._count))
-        requests = _requests(chunks, REQUEST_BYTES, min(REQUEST_CHUNKS, share))
+        parts = _cut(chunks, self._request_bytes, min(REQUEST_CHUNKS, share))
         idle = deque(self._connections * 2)
-        outstanding = 0
+        under_way = 0
 
         def ask_next() -> None:
-            """Give the next request to the connection that has waited longest."""
-            nonlocal outstanding
-            following = next(requests, None)
-            if following is None:
-                if not outstanding and not received.done():
+            """Ask for the next part on the connection that has waited longest."""
+            nonlocal under_way
+            part = next(parts, None)
+            if part is None:
+                if not under_way and not received.done():
                     received.set_result(None)
                 return
-            first, last, begin, end = following
+            first, last, begin, end = part
             asked, region, connection = chunks[first:last], view[begin:end], idle.popleft()
 
             def done() -> None:
-                nonlocal outstanding
-                outstanding -= 1
+                nonlocal under_way
+                under_way -= 1
                 idle.append(connection)
                 if crcs is not None:
                     check = loop.run_in_executor(None, _check, asked, region, crcs[first:last])
                     checks.append(check)
                 ask_next()
 
-            outstanding += 1
+            under_way += 1
             request = command("MGET", *(key for key, _ in asked))
             connection.ask(request, Answer(mget_steps(asked), region, done))
 
-        for _ in range(min(REQUESTS, len(idle))):
+        for _ in range(min(self._requests, len(idle))):
             ask_next()
         try:
             await received
@@ -260,23 +281,26 @@ class ChunkStream:
         write: Callable[[memoryview], object],
         *,
         crcs: Sequence[int] | None = None,
+        window: int = WINDOW_BYTES,
     ) -> None:
-        """Pass the bytes of chunks on, in order and piece by piece, in some 32 MiB of memory.
+        """Pass the bytes of chunks on, in order and piece by piece, in little memory.
 
         Parameters
         ----------
         chunks, crcs
-            As for `fetch`. What is wrong with a chunk is found before its bytes are passed on.
-        write
-            Called in a thread with up to 16 MiB at a time, while the next ones are received.
-            The view is valid until it returns.
+            As for `fetch`. A chunk is checked before its bytes are passed on.
+        write : callable
+            Called in a thread with each piece, while the next one is received. The view is valid
+            until it returns.
+        window : int, optional
+            How many bytes a piece has at most, and one chunk at least. Two pieces are in memory.
         """
-        windows = list(_requests(chunks, WINDOW_BYTES, len(chunks)))
-        size = max((end - begin for _, _, begin, end in windows), default=0)
-        buffers = itertools.cycle([memoryview(bytearray(size)) for _ in windows[:2]])
+        parts = list(_cut(chunks, window, len(chunks)))
+        size = max((part.end - part.begin for part in parts), default=0)
+        buffers = itertools.cycle([memoryview(bytearray(size)) for _ in parts[:2]])
         written: asyncio.Task[object] = asyncio.create_task(asyncio.sleep(0))
         try:
-            for (first, last, begin, end), buffer in zip(windows, buffers, strict=False):
+            for (first, last, begin, end), buffer in zip(parts, buffers, strict=False):
                 view = buffer[: end - begin]
                 await self.fetch(chunks[first:last], view, crcs=crcs and crcs[first:last])
                 await written
@@ -285,6 +309,8 @@ class ChunkStream:
         finally:
             await asyncio.gather(written, return_exceptions=True)
 
+    # --- in ---
+
     async def send(
         self,
         chunks: Sequence[Chunk],
@@ -292,28 +318,26 @@ class ChunkStream:
         *,
         ttl_ms: int | None = None,
     ) -> None:
-        """Store chunks, whose bytes are read while the ones before are sent.
+        """Store chunks, whose bytes are read while those before them are on the way.
+
+        After an error some of the chunks may be stored; the caller has to delete them.
 
         Parameters
         ----------
-        chunks
+        chunks : sequence of (bytes, int)
             Key and length of each.
-        read
-            Called in a thread, in order, with a view for each of the next chunks (about 1 MiB
-            in all); fills them and returns the number of bytes, as
-            ``lambda views: os.preadv(file, views, offset)`` does. From there the bytes go to
-            the socket. The views are valid until it returns.
-        ttl_ms
+        read : callable
+            Called in one thread, in order, with a view for each chunk of a request; fills the
+            views and returns the number of bytes, as
+            ``lambda views: os.preadv(file, views, offset)`` does. The bytes go from there to the
+            socket. The views are valid until it returns.
+        ttl_ms : int, optional
             Time to live of the chunks, ms.
 
         Raises
         ------
         EOFError
-            `read` filled less than the views.
-
-        Notes
-        -----
-        After an error some of the chunks may be stored: to delete them is up to the caller.
+            If `read` filled less than the views.
         """
         await self._watch(self._send(chunks, read, ttl_ms))
 
@@ -323,43 +347,52 @@ class ChunkStream:
         read: Callable[[list[memoryview]], int],
         ttl_ms: int | None,
     ) -> None:
-        free: asyncio.Queue[tuple[ChunkProtocol, memoryview]] = asyncio.Queue()
-        lanes = (self._connections * 2)[:REQUESTS]
-        for connection in lanes:
-            free.put_nowait((connection, NO_PAYLOAD))
-        for first, last, begin, end in _requests(chunks, REQUEST_BYTES, REQUEST_CHUNKS):
-            connection, buffer = await free.get()
-            asked = chunks[first:last]
-            request, buffer, payloads = lay_out_sets(asked, buffer, ttl_ms)
-            filled = await _in_thread(read, payloads)
-            if filled != end - begin:
-                name = shown_key(asked[0][0])
-                raise EOFError(
-                    f"Only {filled} bytes of {end - begin} to read from chunk {name} on."
-                )
-            steps = (Step(b"+OK\r\n", key, 0) for key, _ in asked)
-            done = functools.partial(free.put_nowait, (connection, buffer))
-            connection.ask(request, Answer(steps, NO_PAYLOAD, done))
-        for _ in lanes:
-            await free.get()
+        loop = asyncio.get_running_loop()
+        places = (self._connections * 2)[: self._requests]
+        free: queue.SimpleQueue[tuple[ChunkProtocol, memoryview]] = queue.SimpleQueue()
+        for connection in places:
+            free.put((connection, NO_PAYLOAD))
+        stop = threading.Event()
+
+        def read_all() -> None:
+            for first, last, begin, end in _cut(chunks, self._request_bytes, REQUEST_CHUNKS):
+                connection, buffer = free.get()
+                if stop.is_set():
+                    return
+                asked = chunks[first:last]
+                request, buffer, payloads = lay_out_sets(asked, buffer, ttl_ms)
+                filled = read(payloads)
+                if filled != end - begin:
+                    raise EOFError(
+                        f"{filled} bytes could be read where {end - begin} were expected, from "
+                        f"the chunk {as_text(asked[0][0])} on."
+                    )
+                release = functools.partial(free.put, (connection, buffer))
+                answer = Answer(set_steps(asked), NO_PAYLOAD, release)
+                loop.call_soon_threadsafe(connection.ask, request, answer)
+            for _ in places:
+                free.get()  # when its last answer has come
+
+        reading = loop.run_in_executor(None, read_all)
+        try:
+            await asyncio.shield(reading)
+        finally:
+            stop.set()
+            for connection in places:
+                free.put((connection, NO_PAYLOAD))
+            await asyncio.gather(reading, return_exceptions=True)
 
 
-def _requests(
-    chunks: Sequence[Chunk], size: int, count: int
-) -> Iterator[tuple[int, int, int, int]]:
-    """Cut chunks into requests of at most `size` bytes and `count` chunks, but at least one chunk.
-
-    Yields the indices of the first chunk and of the one after the last, and the bytes between
-    which they lie.
-    """
+def _cut(chunks: Sequence[Chunk], size: int, count: int) -> Iterator[Part]:
+    """Cut chunks into parts of at most `size` bytes and `count` chunks, but at least one chunk."""
     first = begin = end = 0
     for index, (_, length) in enumerate(chunks):
         if index > first and (index - first >= count or end - begin + length > size):
-            yield first, index, begin, end
+            yield Part(first, index, begin, end)
             first, begin = index, end
         end += length
     if chunks:
-        yield first, len(chunks), begin, end
+        yield Part(first, len(chunks), begin, end)
 
 
 def _check(chunks: Sequence[Chunk], region: memoryview, crcs: Sequence[int]) -> None:
@@ -367,17 +400,17 @@ def _check(chunks: Sequence[Chunk], region: memoryview, crcs: Sequence[int]) -> 
     at = 0
     for (key, length), expected in zip(chunks, crcs, strict=True):
         if crc32(region[at : at + length]) != expected:
-            raise DamagedError.of(shown_key(key))
+            raise DamagedError.of(as_text(key))
         at += length
 
 
 async def _in_thread(function: Callable[[Argument], Result], argument: Argument) -> Result:
-    """`asyncio.to_thread`, but a cancellation waits for the thread: it uses the caller's files."""
-    running = asyncio.get_running_loop().run_in_executor(None, function, argument)
+    """Call `function` in a thread; a cancellation waits for it: it uses the caller's file."""
+    call = asyncio.get_running_loop().run_in_executor(None, function, argument)
     try:
-        return await asyncio.shield(running)
+        return await asyncio.shield(call)
     finally:
-        await asyncio.gather(running, return_exceptions=True)
+        await asyncio.gather(call, return_exceptions=True)
 
 
 def raise_open_files(needed: int) -> None:
@@ -386,7 +419,7 @@ def raise_open_files(needed: int) -> None:
     Raises
     ------
     ServerError
-        The hard limit is too low for that.
+        If the hard limit is too low for that.
     """
     try:
         import resource
@@ -403,11 +436,11 @@ def raise_open_files(needed: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def finish(coroutine: Coroutine[Any, Any, Result]) -> Result:
-    """Run a coroutine to its end, also where an event loop is running already (Jupyter).
+def complete(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """Await a coroutine from plain code, also where an event loop is at work already (Jupyter).
 
-    There it runs in a thread of its own, while this one waits. Ctrl-C cancels it either way, and
-    is raised again when it has ended.
+    There it has a thread of its own, while this one waits. Ctrl-C cancels it either way, and is
+    raised again when it has ended.
     """
     try:
         asyncio.get_running_loop()
@@ -434,10 +467,10 @@ def finish(coroutine: Coroutine[Any, Any, Result]) -> Result:
 
 
 def fresh_buffer(size: int) -> memoryview:
-    """Writable memory of `size` bytes, all zero, that is faster to fill than a new bytearray.
+    """Return `size` writable bytes, all zero, that are faster to fill than a new bytearray.
 
-    The page faults of fresh memory cost about as much time as the transfer. So this is in huge
-    pages, which a thread has the kernel provide ahead of the transfer, where there is all that.
+    The page faults of fresh memory cost about as much time as the transfer. So this memory is in
+    huge pages, which a thread has the kernel provide ahead of the transfer, where it can.
     """
     if size < POPULATE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return memoryview(bytearray(size))

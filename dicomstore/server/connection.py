@@ -407,15 +407,15 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except REDIS_ERRORS as error:
-        found = _error(error)
+        found = our_error(error)
         raise found from (error if _words(error) == str(error) else None)
 
 
 def _with_our_errors(replies: list[Any]) -> list[Any]:
-    return [_error(reply) if isinstance(reply, Exception) else reply for reply in replies]
+    return [our_error(reply) if isinstance(reply, Exception) else reply for reply in replies]
 
 
-def _error(error: BaseException) -> ServerError:
+def our_error(error: BaseException) -> ServerError:
     """Return our error for one of redis-py."""
     words = _words(error)
     if isinstance(error, redis.ResponseError) and not is_passing(error):
