@@ -25,7 +25,7 @@ from blake3 import blake3
 from dicomstore import DicomStore
 from dicomstore.blobs.manifest import BATCH_BYTES, DEFAULT_CHUNK_SIZE
 from dicomstore.blobs.wire import ChunkStream, complete, fresh_buffer
-from dicomstore.errors import DicomRedisError, NotStoredError, RedisServerError
+from dicomstore.errors import DicomRedisError, NotStoredError
 from dicomstore.imaging import slide
 from dicomstore.keys import document_key
 from dicomstore.server.connection import Client, Server, connect
@@ -495,7 +495,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2 if not isinstance(error, DicomRedisError) else 1
-    except (DicomRedisError, RedisServerError, OSError) as error:
+    except (DicomRedisError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
 

@@ -42,7 +42,7 @@ class DicomStore:
 
     Parameters
     ----------
-    client : redis.Redis or redis.RedisCluster
+    client : redis.Redis, or redis-py's client of a cluster
         Stays the caller's to close. A client that decodes responses is copied without that.
     chunk_size : int, optional
         Length of a chunk in bytes, 1 to 16 MiB.

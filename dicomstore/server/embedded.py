@@ -362,6 +362,7 @@ def shared_port() -> int | None:
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line says; return 0, 1 for a failure, or 2 for bad arguments."""
     parser = argparse.ArgumentParser(
+        prog="python -m dicomstore.server.embedded",
         description="The embedded Redis Stack 7.4.1 with its search and JSON engines.",
         epilog="examples:\n"
         "  python -m dicomstore.server.embedded install\n"
