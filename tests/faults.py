@@ -36,8 +36,8 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 from samples import PREAMBLE, dicom, element
 from tqdm import tqdm
 
-import dicomstore.store as store_module
 from dicomstore import DicomStore, connect
+from dicomstore.blobs import versions
 from dicomstore.errors import DamagedError, DicomRedisError, MissingChunkError, ServerError
 from dicomstore.server.embedded import RedisServer
 
@@ -64,23 +64,25 @@ def workers():
 
 @contextlib.contextmanager
 def lease_of(milliseconds):
-    before, store_module.LEASE_MS = store_module.LEASE_MS, milliseconds
+    before, versions.LEASE_MS = versions.LEASE_MS, milliseconds
     try:
         yield
     finally:
-        store_module.LEASE_MS = before
+        versions.LEASE_MS = before
 
 
 def store_of(client, chunk_size=1000, **options):
-    # Without descriptors: decoding has a part of its own, mutated files.
+    # Without thumbnails: decoding has a part of its own, mutated files.
     return DicomStore(client, chunk_size=chunk_size, progress=False, thumbnails=False, **options)
 
 
 def unreferenced(client):
-    """The keys below chunk: that no document names."""
+    """The keys below chunk: that belong to no document's version."""
     named = set()
     for key in client.scan_iter("file:*", count=10_000):
-        named |= set(json.loads(client.execute_command("JSON.GET", key))["chunks"])
+        document = json.loads(client.execute_command("JSON.GET", key))
+        version = f"chunk:{os.fsdecode(key)}:{document['version']}"
+        named |= {*document["chunks"], *(f"{version}:{name}" for name in document["attachments"])}
     return {os.fsdecode(key) for key in client.scan_iter("chunk:*", count=10_000)} - named
 
 
@@ -187,7 +189,6 @@ def killed_server(kills):
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(kills):
             with RedisServer(folder=folder) as server, connect(server.url) as client:
-                _wait_for_documents(client, len(acknowledged))
                 store = store_of(client)
                 process = client.info("server")["process_id"]
                 timer = threading.Timer(
@@ -205,7 +206,6 @@ def killed_server(kills):
                 timer.join()
             with RedisServer(folder=folder) as server, connect(server.url) as client:
                 store = store_of(client)
-                _wait_for_documents(client, len(acknowledged))
                 for path, image in acknowledged.items():
                     found = store.read(path)
                     # The one that was under way may have arrived without its answer.
@@ -215,12 +215,6 @@ def killed_server(kills):
                 assert len(store.find(columns=())) == len(store.verify())
                 client.delete(*unreferenced(client) or ["chunk:none"])
     return f"{files:,} acknowledged files, every one whole after each restart; the index complete"
-
-
-def _wait_for_documents(client, count):
-    """Wait until the index, which a restart makes anew, can answer."""
-    if count:
-        store_of(client)._wait_for_index()
 
 
 # --- damage --------------------------------------------------------------------------------------
@@ -293,8 +287,8 @@ def damage(count):
         assert store.verify()["status"].eq("ok").all()
     shown = ", ".join(f"{kind} {number}" for kind, number in sorted(kinds.items()))
     return (
-        f"every one noticed and named, the other files unaffected ({shown}); an edited sha256, "
-        "which read and open do not use, by verify and restore"
+        f"every one noticed and named, the other files unaffected ({shown}); an edited document "
+        "that read and open need not look at, by verify and restore"
     )
 
 
@@ -308,11 +302,20 @@ def _assert_noticed(store, images, path, kind, named, also):
         with store.open(path) as file:
             return file.read()
 
-    for way, read in (("read", lambda: store.read(path)), ("open", opened)):
+    ways = {
+        "read": lambda: store_of(store.client).read(path),
+        "read again": lambda: store.read(path),
+        "open": opened,
+    }
+    for way, read in ways.items():
         try:
             assert read() == images[path], f"{way} gave wrong bytes after {kind}"
-            # `open` reads neither the list of chunks nor the SHA-256, `read` not the latter.
-            untouched = {"read": {"blake3"}, "open": {"blake3", "chunks", "imageName"}}
+            # A file that was read before is read by what is remembered, checked by version and CRC.
+            untouched = {
+                "read": {"blake3"},
+                "read again": set(DOCUMENT_EDITS),
+                "open": {"blake3", "chunks", "imageName"},
+            }
             assert kind in untouched[way], f"{way} did not notice {kind}"
         except (DamagedError, MissingChunkError) as error:
             assert any(name in str(error) for name in named), (way, kind, str(error))
@@ -322,6 +325,108 @@ def _assert_noticed(store, images, path, kind, named, also):
     assert any(name in report["reason"][path] for name in named), report["reason"][path]
     for other in set(images) - affected:
         assert store.read(other) == images[other]
+
+
+# --- damage that is mended -----------------------------------------------------------------------
+
+CHUNK_DAMAGE = {
+    "flip": lambda chunk: chunk[:-1] + bytes([chunk[-1] ^ 1]),
+    "truncate": lambda chunk: chunk[: len(chunk) // 2],
+    "lengthen": lambda chunk: chunk + b"x",
+    "delete": lambda chunk: None,
+}
+
+
+def damage_some(client, manifests):
+    """Damage or delete about one chunk in four; return how many."""
+    count = 0
+    for manifest in manifests:
+        for key in manifest.chunk_keys():
+            if random.random() < 0.25:
+                damaged = random.choice(list(CHUNK_DAMAGE.values()))(client.get(key))
+                client.unlink(key) if damaged is None else client.set(key, damaged)
+                count += 1
+    return count
+
+
+def mended_damage(rounds):
+    """Chunks damaged and deleted, mended by `load(repair=True)` while others read."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        server = stack.enter_context(RedisServer())
+        clients = [stack.enter_context(connect(server.url)) for _ in range(3)]
+        pool = stack.enter_context(ThreadPoolExecutor(2))
+        images = {f"{n}": dicom(Rows=n + 1, pixels=random.randbytes(20_000)) for n in range(6)}
+        for path, image in images.items():
+            (folder / path).write_bytes(image)
+        store = store_of(clients[0])
+        store.load(folder)
+        manifests = [store.manifest(path) for path in images]
+        damaged, reads = 0, Counter()
+
+        def read(client, repairing):
+            own, found = store_of(client), Counter()
+            while not repairing.is_set():
+                for path, image in images.items():
+                    try:
+                        assert own.read(path) == image, path
+                        found["whole"] += 1
+                    except (DamagedError, MissingChunkError):
+                        found["refused"] += 1
+            return found
+
+        for _ in range(rounds):
+            damaged += damage_some(clients[0], manifests)
+            repairing = threading.Event()
+            readers = [pool.submit(read, client, repairing) for client in clients[1:]]
+            try:
+                statuses = set(store.load(folder, repair=True)["status"])
+            finally:
+                repairing.set()
+            assert statuses <= {"repaired", "unchanged"}, statuses
+            for reader in readers:
+                reads += reader.result()
+            assert [store.manifest(path) for path in images] == manifests
+            assert_whole(clients[0])
+        return (
+            f"{damaged:,} chunks put right in the version that they belong to, nothing else sent; "
+            f"meanwhile {reads['whole']:,} whole reads and {reads['refused']:,} clear errors"
+        )
+
+
+def refills(rounds):
+    """Chunks damaged and deleted, fetched from the source by eight readers at once."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        server = stack.enter_context(RedisServer())
+        clients = [stack.enter_context(connect(server.url)) for _ in range(8)]
+        pool = stack.enter_context(ThreadPoolExecutor(8))
+        images = {f"{n}": dicom(Rows=n + 1, pixels=random.randbytes(20_000)) for n in range(3)}
+        for path, image in images.items():
+            (folder / path).write_bytes(image)
+        tiers = [store_of(client, source=folder) for client in clients]
+        tiers[0].load(folder)
+        manifests = [tiers[0].manifest(path) for path in images]
+        damaged = 0
+
+        def read(tier, by_parts):
+            for path in random.sample(sorted(images), len(images)):
+                if by_parts:
+                    with tier.open(path) as file:
+                        assert file.read() == images[path], path
+                else:
+                    assert tier.read(path) == images[path], path
+
+        for _ in range(rounds):
+            damaged += damage_some(clients[0], manifests)
+            list(pool.map(read, tiers, [True, False] * 4))
+            assert [tiers[0].manifest(path) for path in images] == manifests
+            assert_whole(clients[0])
+        hits, misses = (sum(getattr(tier, name) for tier in tiers) for name in ("hits", "misses"))
+        assert hits + misses == rounds * 4 * len(images)
+        return (
+            f"{damaged:,} chunks fetched again, every read right ({hits:,} hits, {misses:,} misses)"
+        )
 
 
 # --- races ---------------------------------------------------------------------------------------
@@ -743,6 +848,8 @@ FAULTS = {
     killed_loaders: (12, 500),
     killed_server: (2, 50),
     damage: (60, 2000),
+    mended_damage: (4, 200),
+    refills: (6, 300),
     racing_loaders: (8, 500),
     eviction: (40, 200),
     mutated_files: (150, 10_000),

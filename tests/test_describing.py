@@ -13,9 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import PYDICOM_DATA, PYDICOM_FILES
-from samples import dicom
+from samples import before_commit, dicom
 
 from dicomstore import DicomStore
+from dicomstore.blobs.versions import Versions
 from dicomstore.errors import WorkerError
 from dicomstore.imaging import describing, header, thumbnail, values, worker
 
@@ -304,18 +305,18 @@ def test_an_interrupted_load_goes_on_where_it_stopped(store, client, tmp_path, m
     """What was stored before is not sent again, nor its header read; the rest is."""
     for number in range(20):
         (tmp_path / f"{number:02}").write_bytes(dicom(Rows=number))
-    commit, committed = DicomStore._commit, []
+    committed = []
 
-    def interrupted(self, *arguments):
+    def interrupt(manifest):
         if len(committed) == 8:
             raise KeyboardInterrupt
-        committed.append(commit(self, *arguments))
-        return committed[-1]
+        committed.append(manifest)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(DicomStore, "_commit", interrupted)
+    # As large as this, each file is committed by itself.
+    monkeypatch.setattr("dicomstore.loading.TOGETHER_BYTES", 1)
+    with before_commit(interrupt), pytest.raises(KeyboardInterrupt):
         store.load(tmp_path)
-    plain = DicomStore(client, progress=False, descriptors=False)
+    plain = DicomStore(client, progress=False, thumbnails=False)
     client.config_resetstat()
     members, read = header.members, []
     monkeypatch.setattr(header, "members", lambda each: read.append(each) or members(each))
@@ -326,11 +327,11 @@ def test_an_interrupted_load_goes_on_where_it_stopped(store, client, tmp_path, m
     assert plain.verify()["status"].eq("ok").all() and len(plain.sweep()) == 0
 
 
-def test_what_was_stored_without_a_descriptor_gets_it(client, store, tmp_path, monkeypatch):
-    """Loaded again with descriptors, a file is unchanged and can be compared; once is enough."""
+def test_what_was_stored_without_a_thumbnail_gets_it(client, store, tmp_path, monkeypatch):
+    """Loaded again with thumbnails, a file is unchanged and can be compared; once is enough."""
     for name in ("MR_small.dcm", "CT_small.dcm", "rtplan.dcm"):
         (tmp_path / name).write_bytes((PYDICOM_FILES / name).read_bytes())
-    without = DicomStore(client, progress=False, descriptors=False)
+    without = DicomStore(client, progress=False, thumbnails=False)
     without.load(tmp_path)
     versions = [without.manifest(name).version for name in os.listdir(tmp_path)]
     assert list(store.load(tmp_path)["status"]) == ["unchanged"] * 3
@@ -342,26 +343,26 @@ def test_what_was_stored_without_a_descriptor_gets_it(client, store, tmp_path, m
         asked.extend(files)
         return describing.describe_all(iter(asked), *arguments)
 
-    monkeypatch.setattr("dicomstore.store.describe_all", describe_all)
+    monkeypatch.setattr("dicomstore.loading.describe_all", describe_all)
     assert list(store.load(tmp_path)["status"]) == ["unchanged"] * 3
     assert asked == []
 
 
-def test_a_descriptor_never_reaches_another_version(client, store, tmp_path, monkeypatch):
-    """A file that is replaced before its descriptor is added keeps that of its own."""
+def test_a_thumbnail_never_reaches_a_different_version(client, store, tmp_path, monkeypatch):
+    """A file that is replaced before its thumbnail is added keeps that of its own."""
     first, second = (PYDICOM_FILES / name for name in ("MR_small.dcm", "CT_small.dcm"))
     (tmp_path / "a").write_bytes(first.read_bytes())
-    without = DicomStore(client, progress=False, descriptors=False)
+    without = DicomStore(client, progress=False, thumbnails=False)
     without.load(tmp_path)
-    add = DicomStore._add_descriptor
+    set_member = Versions.set_member
 
     def replaced_meanwhile(self, *arguments):
         without.put("a", second.read_bytes(), replace=True)
-        add(self, *arguments)
+        set_member(self, *arguments)
 
-    monkeypatch.setattr(DicomStore, "_add_descriptor", replaced_meanwhile)
+    monkeypatch.setattr(Versions, "set_member", replaced_meanwhile)
     store.load(tmp_path)
-    assert "descriptor" not in (store._members("file:a", ("descriptor", "size")) or {})
+    assert client.execute_command("JSON.GET", "file:a", "$.thumbnail") == b"[]"
     assert store.read("a") == second.read_bytes()
 
 

@@ -1,6 +1,7 @@
 """Images that look alike: the thumbnail of every kind of image, and the search for the nearest."""
 
 import io
+import json
 import subprocess
 import sys
 
@@ -26,7 +27,12 @@ UNDECODABLE = {"JPEG2000-embedded-sequence-delimiter.dcm", "MR_truncated.dcm"}
 @pytest.fixture
 def store(client):
     """A store that makes thumbnails."""
-    return DicomStore(client, progress=False, descriptors=True)
+    return DicomStore(client, progress=False, thumbnails=True)
+
+
+def stored_thumbnail(client, key):
+    """Return a stored thumbnail, None if the file has none."""
+    return next(iter(json.loads(client.execute_command("JSON.GET", key, "$.thumbnail"))), None)
 
 
 def grey(image, *, frames=1, photometric="MONOCHROME2", **attributes):
@@ -170,13 +176,13 @@ def test_only_one_frame_is_read():
         {"PixelRepresentation": 7},
     ],
 )
-def test_what_does_not_fit_together_has_none(store, attributes):
+def test_what_does_not_fit_together_has_none(client, store, attributes):
     """A header that contradicts its pixels costs the thumbnail, never the file."""
     content = grey(ramp(), **attributes)
     store.put("a", content)
     assert store.read("a") == content
-    found = store._members("file:a", ("descriptor", "size"))
-    assert "descriptor" not in found or len(found["descriptor"]) == thumbnail.DIMENSIONS
+    found = stored_thumbnail(client, "file:a")
+    assert found is None or len(found) == thumbnail.DIMENSIONS
     assert len(store.find()) == 1
 
 
@@ -251,14 +257,14 @@ def test_equal_images_are_all_found(store):
         assert found["distance"].eq(0).all()
 
 
-def test_it_is_the_exact_nearest(store):
+def test_it_is_the_exact_nearest(client, store):
     """The order is that of a comparison with every image, also beside conditions."""
     store.load(PYDICOM_FILES)
     everything = store.find()
     vectors = {
-        key: np.array(members["descriptor"])
+        key: np.array(found)
         for key in everything["key"]
-        if "descriptor" in (members := store._members(key, ("descriptor", "size")))
+        if (found := stored_thumbnail(client, key)) is not None
     }
     assert len(vectors) > 80
     everything = everything.set_index("key")
@@ -277,7 +283,7 @@ def test_it_is_the_exact_nearest(store):
 def test_what_has_no_pixels_says_so(store, client):
     """Without pixels, or with thumbnails turned off, similar says why; search goes on."""
     store.put("none", dicom(Modality="CT"))
-    DicomStore(client, progress=False, descriptors=False).put("off", grey(ramp()))
+    DicomStore(client, progress=False, thumbnails=False).put("off", grey(ramp()))
     store.put("image", grey(ramp()))
     for name in ("none", "off"):
         with pytest.raises(NoThumbnailError, match=f"file:{name} .*no pixels"):
