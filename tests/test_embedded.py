@@ -165,7 +165,7 @@ def test_search_gives_whole_answers_or_errors(server):
         "TIMEOUT": "10000",
         "ON_TIMEOUT": "fail",
         "DEFAULT_DIALECT": "2",
-        "MAXEXPANSIONS": "100000",
+        "MAXEXPANSIONS": "10000000",
     }
     got = {name: ask(server.url, "FT.CONFIG", "GET", name) for name in wanted}
     assert {name: dict(answer)[name] for name, answer in got.items()} == wanted

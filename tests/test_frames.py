@@ -414,7 +414,8 @@ def test_broken_bytes_never_raise(file, changes, cut):
     members = header.searchable(io.BytesIO(broken))
     if members is None:
         return
-    member, table = locate(io.BytesIO(broken), members)
+    with values.quietly():  # as in a worker
+        member, table = locate(io.BytesIO(broken), members)
     frames = Frames("a.dcm", member, members["header"], None, table)
     for k in range(min(frames.count, 5)):
         span = frames.span(k)
