@@ -9,7 +9,7 @@ import shutil
 import statistics
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
@@ -33,7 +33,7 @@ from dicomstore.imaging import rendering
 from dicomstore.imaging.volume import Volume
 
 #: Legible on white and on dark pages alike, and in greyscale.
-BLUE = "#2a6fbb"
+BLUE, GREY = "#2a6fbb", "#8a929b"
 #: What a notebook shows unshrunk in a window of 1280 pixels, and nearly so in one of 1024.
 WIDTH_INCHES = 9.0
 #: Under an image a fifth of that wide, at CAPTION_SIZE.
@@ -110,6 +110,15 @@ class Table:
     def _repr_html_(self) -> str:
         with pd.option_context("display.max_colwidth", None):
             return self._cells.to_html(index=False, border=0)
+
+
+def answer(found: pd.DataFrame) -> Table:
+    """Return a table of `find` as it is read best: without keys, with dates as 2004-08-26."""
+    shown = found.drop(columns="key")
+    for column in shown.columns[shown.columns.str.endswith("Date")]:
+        days = pd.to_datetime(shown[column].astype("string"), format="%Y%m%d")
+        shown[column] = days.dt.strftime("%Y-%m-%d").fillna("")
+    return Table(shown)
 
 
 def hex_dump(data: bytes, start: int, length: int) -> str:
@@ -417,14 +426,45 @@ def heat_map(counts: pd.DataFrame, title: str) -> Figure:
     return _finished(figure)
 
 
-def nearest(store: DicomStore, name: str, found: pd.DataFrame) -> Figure:
+def nearest(store: DicomStore, name: str, found: pd.DataFrame, title: str) -> Figure:
     """Return a figure of an image and those that look like it, with their distances."""
-    figure, row = plt.subplots(1, len(found) + 1, figsize=(WIDTH_INCHES, 2.5), layout="constrained")
-    title = f"{Path(name).name}\nasked for"
-    draw_image(row[0], rendering.read_dataset(store.read(name)), title=title)
+    figure, row = plt.subplots(1, len(found) + 1, figsize=(WIDTH_INCHES, 2.8), layout="constrained")
+    caption = f"{Path(name).name}\nasked for"
+    draw_image(row[0], rendering.read_dataset(store.read(name)), title=caption)
     for hit, axes in zip(found.itertuples(), row[1:], strict=True):
-        title = f"{hit.imageName}\ndistance {hit.distance:.1f}"
-        draw_image(axes, rendering.read_dataset(store.read(str(hit.key))), title=title)
+        caption = f"{hit.imageName}\ndistance {hit.distance:.1f}"
+        draw_image(axes, rendering.read_dataset(store.read(str(hit.key))), title=caption)
+    figure.suptitle(title)
+    return _finished(figure)
+
+
+def worklist_figure(runs: Mapping[tuple[int, bool], Sequence[tuple[bool, float]]]) -> Figure:
+    """Return a figure of a day's work: how often images were in memory, and what reads took.
+
+    Parameters
+    ----------
+    runs : mapping
+        By the disk's delay (ms) and whether there was a prefetch: for each image whether it was in
+        memory, and how long it took (ms).
+    """
+    delays = sorted({delay for delay, _ in runs})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH_INCHES, 3.4), layout="constrained")
+    ways = {"without prefetch": (False, GREY), "with prefetch": (True, BLUE)}
+    shares = [100 * np.mean([hit for hit, _ in runs[delays[0], one]]) for one, _ in ways.values()]
+    drawn = left.bar(list(ways), shares, 0.6, color=[color for _, color in ways.values()])
+    left.bar_label(drawn, fmt="%.0f%%", padding=3)
+    left.set(ylabel="images found in memory, %", ylim=(0, 108))
+    for shift, (way, (prefetch, color)) in zip((-0.2, 0.2), ways.items(), strict=True):
+        means = [np.mean([ms for _, ms in runs[delay, prefetch]]) for delay in delays]
+        drawn = right.bar(np.arange(len(delays)) + shift, means, 0.4, color=color, label=way)
+        right.bar_label(drawn, fmt="%.1f", padding=3)
+    right.set_xticks(range(len(delays)), [f"+{delay} ms" for delay in delays])
+    right.set(xlabel="the archive's disk, each read", ylabel="mean ms an image")
+    right.margins(y=0.12)
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"Prefetch raises the hits from {shares[0]:.0f}% to {shares[1]:.0f}%")
     return _finished(figure)
 
 
@@ -435,7 +475,7 @@ def latency_by_size(times: pd.DataFrame) -> Figure:
     smallest, largest = (size / 1e6 for size in (times.index.min(), times.index.max()))
     sizes = f"files of {smallest:.2g} to {largest:,.0f} MB"
     title = f"{times.columns[0]}: at most {most:.1f} ms in {sizes}"
-    styles = zip(times.columns, (BLUE, "#8a929b"), ("o-", "s--"), strict=False)
+    styles = zip(times.columns, (BLUE, GREY), ("o-", "s--"), strict=False)
     for name, color, style in styles:
         axes.plot(times.index / 1e6, times[name], style, color=color, label=name)
     axes.set(xscale="log", yscale="log", xlabel="file size, MB", ylabel="ms", title=title)
