@@ -1,13 +1,15 @@
-"""Run dicom_redis.ipynb from top to bottom, cell by cell, as `make demo` and the tests do.
+"""Run notebooks from top to bottom, cell by cell, as `make demo` and the tests do.
 
-The rendered page goes to data/out/. `--in-place` keeps the outputs in the notebook itself: that is
-how the committed ones are made.
+The rendered pages go to data/out/. `--in-place` keeps the outputs in the notebooks themselves: that
+is how the committed ones are made.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,16 @@ CELL_TIMEOUT_S = 600
 RESULT_TAG = "result"
 
 
-def run(notebook: nbformat.NotebookNode, *, quiet: bool = False) -> None:
-    """Execute all cells of `notebook` in place, in a kernel of this Python.
+def run(notebook: nbformat.NotebookNode, folder: Path, *, quiet: bool = False) -> None:
+    """Execute all cells of `notebook`, keeping their outputs, in a kernel of this Python.
+
+    Parameters
+    ----------
+    notebook : nbformat.NotebookNode
+    folder : path
+        Where the kernel starts, as Jupyter starts it in the notebook's own folder.
+    quiet : bool, optional
+        Whether the cells are not told as they begin.
 
     Raises
     ------
@@ -46,17 +56,19 @@ def run(notebook: nbformat.NotebookNode, *, quiet: bool = False) -> None:
             seconds = time.monotonic() - started
             print(f"[{number:2}/{len(code_cells)}] {seconds:5.1f} s  {headings[0]}", flush=True)
 
-    client = NotebookClient(
-        notebook,
-        timeout=CELL_TIMEOUT_S,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(PROJECT)}},
-        on_cell_start=tell,
-        coalesce_streams=True,  # of a progress bar, the last state
-        # Unix sockets: what passes between this process and the kernel is for no other user to see.
-        config=Config({"KernelManager": {"transport": "ipc"}}),
-    )
-    client.execute()
+    with tempfile.TemporaryDirectory(prefix="kernel-") as sockets:
+        client = NotebookClient(
+            notebook,
+            timeout=CELL_TIMEOUT_S,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(folder)}},
+            on_cell_start=tell,
+            coalesce_streams=True,  # of a progress bar, the last state
+            # Unix sockets: what passes between this process and the kernel is for no other user to
+            # see. Their path is a whole one, since the kernel starts in a folder of its own.
+            config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/socket"}}),
+        )
+        client.execute()
     # When each cell ran is nobody's business later, and would differ with every run.
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
@@ -89,37 +101,48 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit code: 0, or 1 if a cell failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
-        "--in-place", action="store_true", help="also keep the outputs in the notebook"
+        "notebooks", type=Path, nargs="*", default=[NOTEBOOK], help="default: the main one"
+    )
+    parser.add_argument(
+        "--in-place", action="store_true", help="also keep the outputs in the notebooks"
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=PROJECT / "data" / "out",
-        help="folder for the rendered page (default: data/out)",
+        help="folder for the rendered pages (default: data/out)",
     )
     arguments = parser.parse_args(argv)
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    try:
-        run(notebook)
-    except CellExecutionError as error:
-        print(f"\nThe notebook failed in this cell:\n{error}", file=sys.stderr)
-        return 1
-    except DeadKernelError as error:
-        print(f"\nThe notebook's kernel died: {error}. Out of memory?", file=sys.stderr)
-        return 1
-    if arguments.in_place:
-        nbformat.write(notebook, NOTEBOOK)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    page = arguments.out / f"{NOTEBOOK.stem}.html"
-    html, _ = HTMLExporter(embed_images=True).from_notebook_node(
-        notebook, resources={"metadata": {"path": str(PROJECT), "name": NOTEBOOK.stem}}
-    )
-    page.write_text(html, encoding="utf-8")
-    for result in results(notebook):
-        print(f"\n{result}")
-    shown = page.relative_to(PROJECT) if page.is_relative_to(PROJECT) else page
-    print(f"\nThe notebook ran from top to bottom. The rendered page: {shown}")
+    for path in arguments.notebooks:
+        if len(arguments.notebooks) > 1:
+            print(f"\n{path.name}")
+        notebook = nbformat.read(path, as_version=4)
+        try:
+            run(notebook, path.resolve().parent)
+        except CellExecutionError as error:
+            print(f"\n{path.name} failed in this cell:\n{error}", file=sys.stderr)
+            return 1
+        except DeadKernelError as error:
+            print(f"\nThe kernel of {path.name} died: {error}. Out of memory?", file=sys.stderr)
+            return 1
+        if arguments.in_place:
+            nbformat.write(notebook, path)
+        page = write_page(notebook, path, arguments.out)
+        for result in results(notebook):
+            print(f"\n{result}")
+        shown = page.relative_to(PROJECT) if page.is_relative_to(PROJECT) else page
+        print(f"\n{path.name} ran from top to bottom. The rendered page: {shown}")
     return 0
+
+
+def write_page(notebook: nbformat.NotebookNode, path: Path, out: Path) -> Path:
+    """Write the notebook of the file `path` as a page below `out`, with its pictures in it."""
+    out.mkdir(parents=True, exist_ok=True)
+    resources = {"metadata": {"path": os.fspath(path.resolve().parent), "name": path.stem}}
+    html, _ = HTMLExporter(embed_images=True).from_notebook_node(notebook, resources=resources)
+    page = out / f"{path.stem}.html"
+    page.write_text(html, encoding="utf-8")
+    return page
 
 
 if __name__ == "__main__":

@@ -205,8 +205,8 @@ class Loader:
                             write = self._write(load, send, replace=replace)
                             if load.row["size"] > TOGETHER_BYTES:
                                 self._finish([(load, write, reasons)], progress)
-                            else:
-                                together.append((load, write, reasons))
+                                continue
+                            together.append((load, write, reasons))
                     else:
                         self._add_thumbnail(stored, description)
                 if not together or together[-1][0] is not load:

@@ -1003,3 +1003,13 @@ def test_large_files_are_never_held_whole(server, client, tmp_path):
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "large.dcm").stat().st_size == len(head) + 12 + size
     assert all(int(added) < 100 for added in run.stdout.split()), run.stdout
+
+
+def test_the_progress_bar_counts_each_file_once(client, tmp_path, capsys):
+    """Large files, small ones and what is skipped are all counted, and none of them twice."""
+    for name, size in {"small.dcm": 10, "large.dcm": 5_000_000}.items():
+        (tmp_path / name).write_bytes(dicom(pixels=bytes(size)))
+    (tmp_path / "note.txt").write_text("no image")
+    for _ in range(2):
+        DicomStore(client).load(tmp_path)
+        assert re.findall(r"(\d+) of 3 files", capsys.readouterr().out)[-1] == "3"
