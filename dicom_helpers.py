@@ -28,6 +28,8 @@ from pydicom.dataset import Dataset
 from pydicom.encaps import parse_basic_offsets
 from pydicom.pixels import apply_rescale
 
+from demo.viewers.slide import SlideViewer
+from demo.viewers.stack import StackViewer, open_stack
 from dicomstore import DicomStore, connect, containing, not_, words
 from dicomstore.imaging import rendering
 from dicomstore.imaging.volume import Volume
@@ -485,6 +487,23 @@ def latency_by_size(times: pd.DataFrame) -> Figure:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return _finished(figure)
+
+
+def scroll(store: DicomStore, names: Any = None, **conditions: Any) -> StackViewer:
+    """Return a viewer to scroll through a series, or through the frames of one instance.
+
+    Parameters
+    ----------
+    store : DicomStore
+    names, **conditions
+        As for :meth:`DicomStore.volume`: ``scroll(store, seriesInstanceUID=uid)``.
+    """
+    return open_stack(store, names, **conditions)
+
+
+def look_around(store: DicomStore, name: str) -> SlideViewer:
+    """Return a viewer to pan and zoom in a stored slide; only the tiles in view are fetched."""
+    return SlideViewer(store, name)
 
 
 def _finished(figure: Figure) -> Figure:

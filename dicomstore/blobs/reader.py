@@ -164,6 +164,16 @@ class ChunkReader(io.BufferedIOBase):
             end = self._manifest.offset(number) + self._manifest.length(number)
             return bytes(self._pieces(end - self._position)[0])
 
+    def read_spans(self, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return pieces by offset and length; what is not kept comes in one round trip."""
+        with self._lock:
+            self._check_open()
+            at = self._manifest.number_at
+            ranges = (range(at(start), at(start + length - 1) + 1) for start, length in spans)
+            if missing := self._missing(sorted({number for each in ranges for number in each})):
+                self._fetch_now(missing)
+            return [self.read(length) for start, length in spans if self.seek(start) >= 0]
+
     def write(self, _data: Any, /) -> int:
         self._check_open()
         raise io.UnsupportedOperation(f"{self.name} is open for reading; store it with put or load")
