@@ -10,6 +10,7 @@ import statistics
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
@@ -258,8 +259,8 @@ def frame_costs(store: DicomStore, names: Iterable[str]) -> Table:
     for name in names:
         header = store.header(name)
         middle = int(header.NumberOfFrames) // 2
-        frame, one = timed(lambda name=name, k=middle: store.frame_bytes(name, k), repeats=50)
-        whole, all_of_it = timed(lambda name=name: store.read(name), repeats=5)
+        frame, one = timed(partial(store.frame_bytes, name, middle), repeats=50)
+        whole, all_of_it = timed(partial(store.read, name), repeats=5)
         rows.append(
             {
                 "image": Path(name).name,
@@ -369,7 +370,7 @@ def times_by_size(store: DicomStore, names: Iterable[str]) -> pd.DataFrame:
 
         rows[size] = {
             "64 KiB from its middle": timed(part, repeats=30)[1].median,
-            "the whole file": timed(lambda name=name: store.read(name), repeats=3)[1].median,
+            "the whole file": timed(partial(store.read, name), repeats=3)[1].median,
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("size")
 

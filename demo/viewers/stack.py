@@ -216,7 +216,7 @@ def _windows(
 
 def _is_inverse(header: Dataset) -> bool:
     """Whether low values are bright (PS3.3 C.7.6.3.1.2)."""
-    return header.get("PhotometricInterpretation") == "MONOCHROME1"
+    return bool(header.get("PhotometricInterpretation") == "MONOCHROME1")
 
 
 def _rate(header: Dataset) -> float:
@@ -234,4 +234,5 @@ def _still(picture: NDArray[Any], about: Mapping[str, Any]) -> NDArray[np.uint8]
     (slope, intercept), (centre, width) = about["rescale"], next(iter(about["windows"].values()))
     values = picture * slope + intercept
     grey = np.clip((values - (centre - 0.5)) / max(width - 1, 1e-6) + 0.5, 0, 1)
-    return np.rint((1 - grey if about["inverse"] else grey) * 255).astype(np.uint8)
+    levels: NDArray[np.uint8] = np.rint((1 - grey if about["inverse"] else grey) * 255)
+    return levels.astype(np.uint8)

@@ -52,5 +52,5 @@ class Viewer(anywidget.AnyWidget):
         self.send(message, buffers)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        data, metadata = super()._repr_mimebundle_(**kwargs)
+        data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
         return {**data, "image/png": self._still}, metadata
