@@ -3,9 +3,13 @@
 import gc
 import hashlib
 import io
+import multiprocessing
+import os
+import pickle
 import shutil
 import threading
-from concurrent.futures import ThreadPoolExecutor
+import tracemalloc
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import chain
 
 import numpy as np
@@ -21,6 +25,8 @@ from dicomstore.blobs.reader import ChunkReader
 from dicomstore.errors import AmbiguousNameError, DamagedError, MissingChunkError, NotStoredError
 
 RANDOM = np.random.default_rng(4).bytes(1 << 20)
+#: The same with lines of about five bytes, empty ones among them.
+LINES = RANDOM.translate(b"\n" * 50 + bytes(range(50, 256)))
 
 
 class Memory:
@@ -95,6 +101,8 @@ def steps(size):
             st.tuples(st.just("read1"), st.integers(-1, size + 3)),
             st.tuples(st.just("readinto"), st.integers(0, size + 3)),
             st.tuples(st.just("readline"), st.integers(-1, size)),
+            st.tuples(st.just("readlines"), st.integers(-1, size)),
+            st.tuples(st.sampled_from(["readline", "__next__", "__next__", "readlines"])),
             st.tuples(st.sampled_from(["read", "read1", "peek", "tell", "readable", "seekable"])),
             st.sampled_from(
                 [("seek", 0, 3), ("seek", 1.5), ("read", "1"), ("seek", np.int64(1)), ("close",)]
@@ -113,7 +121,8 @@ def files(draw):
     rest = size % chunk_size
     cut = draw(st.integers(0, max(0, rest - 1)))
     tail = (cut, rest - cut) if cut else (rest,) if rest else ()
-    return RANDOM[:size], chunk_size, tail, draw(steps(size))
+    data = draw(st.sampled_from([RANDOM, LINES]))
+    return data[:size], chunk_size, tail, draw(steps(size))
 
 
 @settings(max_examples=examples(2000), deadline=None)
@@ -126,12 +135,10 @@ def files(draw):
 def test_any_sequence_of_calls_gives_what_bytesio_gives(file, cache_bytes, least, sequential):
     """Whatever is called, bytes, positions and types of error are those of io.BytesIO."""
     data, chunk_size, tail, calls = file
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dicomstore.blobs.reader.LEAST_FETCH_BYTES", least)
-        patch.setattr("dicomstore.blobs.reader.SEQUENTIAL_BYTES", sequential)
-        reader = Memory(data, chunk_size, tail).open(cache_bytes=cache_bytes)
+    with Memory(data, chunk_size, tail).open(
+        cache_bytes=cache_bytes, least_bytes=least, sequential_bytes=sequential
+    ) as reader:
         compare(reader, io.BytesIO(data), calls)
-        reader.close()
 
 
 def test_any_sequence_of_calls_on_the_server_gives_what_bytesio_gives(client):
@@ -191,6 +198,15 @@ def test_it_cannot_be_written_to():
         pass
 
 
+def test_a_closed_file_has_no_more_lines():
+    """Closing ends a loop over the lines too, wherever it is."""
+    reader = Memory(b"a\nb\nc\n", 6).open()
+    assert next(reader) == b"a\n"
+    reader.close()
+    with pytest.raises(ValueError, match="closed file x"):
+        next(reader)
+
+
 def test_a_name_that_is_not_stored_is_a_file_not_found(store):
     """open raises what Python's open raises, and names a choice between several."""
     with pytest.raises(NotStoredError, match=r"nothing\.dcm") as caught:
@@ -226,12 +242,10 @@ def test_small_chunks_are_fetched_several_at_a_time():
     assert memory.asked == [[3, 4, 5, 6]]
 
 
-def test_scattered_reads_take_nothing_more(monkeypatch):
+def test_scattered_reads_take_nothing_more():
     """Only who reads in a row gets more than the chunks touched, however much was read before."""
-    monkeypatch.setattr("dicomstore.blobs.reader.SEQUENTIAL_BYTES", 4000)
     memory = Memory(RANDOM[:100_000], 1000)
-    monkeypatch.setattr("dicomstore.blobs.reader.LEAST_FETCH_BYTES", 0)
-    with memory.open() as reader:
+    with memory.open(least_bytes=0, sequential_bytes=4000) as reader:
         for start in (50_000, 10_000, 90_000, 30_000):
             reader.seek(start)
             reader.read(3000)
@@ -271,7 +285,45 @@ def test_no_more_is_kept_than_asked_for():
     reader.seek(0)
     shutil.copyfileobj(reader, copy)
     assert copy.getvalue() == RANDOM
-    assert sum(map(len, reader._kept.values())) == reader._kept_bytes <= 600_000
+
+
+def test_memory_is_bounded_by_what_is_kept():
+    """Reading a file in pieces, by lines or into a buffer holds no more of it than asked for."""
+    memory = Memory(LINES * 8, 100_000)
+
+    def fetch(numbers):
+        return [bytes(bytearray(chunk)) for chunk in memory.fetch(numbers)]
+
+    buffer = bytearray(8 << 20)
+    for work in (
+        lambda reader: [None for _ in iter(lambda: reader.read(50_000), b"")],
+        lambda reader: sum(1 for _ in reader),
+        lambda reader: reader.readinto(buffer),
+    ):
+        with ChunkReader(memory.manifest, fetch, name="x", cache_bytes=500_000) as reader:
+            tracemalloc.start()
+            try:
+                work(reader)
+                held, _ = tracemalloc.get_traced_memory()
+            finally:
+                tracemalloc.stop()
+            assert held < 1_200_000  # what is fetched ahead is not kept yet
+
+
+def test_a_large_file_that_is_read_at_once_is_in_memory_once():
+    """Beside the bytes that are returned there is one batch of 16 MiB, and what is kept."""
+    size = 64 << 20
+    manifest = Manifest("file:x", "0" * 12, size, 1 << 20, ())
+    reader = ChunkReader(manifest, lambda numbers: [bytes(1 << 20) for _ in numbers], name="x",
+                         cache_bytes=1 << 20)  # fmt: skip
+    tracemalloc.start()
+    try:
+        assert len(reader.read()) == size
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        reader.close()
+    assert peak < 1.5 * size
 
 
 def commands(client):
@@ -332,6 +384,61 @@ def test_threads_share_a_reader():
     assert (numbers.ravel() == np.arange(60_000)).all()
 
 
+def test_threads_share_the_lines():
+    """Each line comes whole and once, whether it is read as a line or by its length."""
+    data = b"".join(b"%06d\n" % number for number in range(60_000))
+    with Memory(data, 20_000).open(cache_bytes=100_000) as reader, ThreadPoolExecutor(8) as pool:
+        ways = [lambda: list(reader), lambda: list(iter(lambda: reader.read(7), b""))] * 4
+        found = [line for one in [pool.submit(way) for way in ways] for line in one.result()]
+    assert sorted(found) == data.splitlines(keepends=True)
+
+
+# --- other processes -----------------------------------------------------------------------------
+
+
+class Stored:
+    """A function without state of its own that returns chunks, as a pickled reader needs."""
+
+    def __call__(self, numbers):
+        return Memory(LINES, 20_000).fetch(numbers)
+
+
+def test_a_pickled_reader_opens_again_where_it_was():
+    """Position, name and size come along; a reader that is closed cannot be pickled."""
+    manifest = Memory(LINES, 20_000).manifest
+    reader = ChunkReader(manifest, Stored(), name="x")
+    reader.seek(500_000)
+    next(reader)
+    position = reader.tell()
+    with pickle.loads(pickle.dumps(reader)) as again:
+        assert (again.name, again.size, again.tell()) == ("x", len(LINES), position)
+        assert again.read() == LINES[position:]
+    assert reader.tell() == position
+    reader.close()
+    with pytest.raises(ValueError, match="closed file x"):
+        pickle.dumps(reader)
+
+
+def line_of(reader):
+    """In another process: the next line and the position."""
+    with reader:
+        return os.getpid(), reader.readline(), reader.tell()
+
+
+def test_an_open_reader_of_a_store_goes_to_another_process(store):
+    """Workers in processes of their own read on from where the reader was opened."""
+    data = dicom(pixels=LINES)
+    store.put("x.dcm", data)
+    with (
+        store.open("x.dcm") as reader,
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
+    ):
+        reader.seek(300_000)
+        pid, line, position = pool.submit(line_of, reader).result()
+    assert pid != os.getpid()
+    assert line == data[300_000:position] and data.index(b"\n", 300_000) == position - 1
+
+
 def fetching():
     return [thread for thread in threading.enumerate() if thread.name == "ChunkReader"]
 
@@ -339,12 +446,14 @@ def fetching():
 @pytest.mark.parametrize("end", ["closed", "collected", "collected in a cycle"])
 def test_nothing_is_left_running(end):
     """A reader that is closed or garbage-collected while it fetches ahead leaves no thread."""
-    reader = Memory(RANDOM * 8, 50_000).open()
-    go_on, fetch = threading.Event(), reader._fetch
-    reader._fetch = lambda numbers: (
-        go_on.wait() if threading.current_thread() in fetching() else None,
-        fetch(numbers),
-    )[1]
+    memory, go_on = Memory(RANDOM * 8, 50_000), threading.Event()
+
+    def fetch(numbers):
+        if threading.current_thread() in fetching():
+            go_on.wait()
+        return memory.fetch(numbers)
+
+    reader = ChunkReader(memory.manifest, fetch, name="x")
     reader.read(1 << 20)
     reader.read(1 << 18)
     assert len(fetching()) == 1

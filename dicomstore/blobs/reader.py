@@ -6,7 +6,7 @@ import contextlib
 import io
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import index
 from typing import Any
 
@@ -24,38 +24,50 @@ SEQUENTIAL_BYTES = 1024 * 1024
 #: The most that is fetched ahead at a time (bytes).
 READ_AHEAD_BYTES = 8 * 1024 * 1024
 
-Chunk = bytes | memoryview
-Fetch = Callable[[Sequence[int]], Sequence[Chunk]]
+Fetch = Callable[[Sequence[int]], Sequence[bytes]]
 
 
 class ChunkReader(io.BufferedIOBase):
     """A read-only, seekable binary file over the chunks of one version of a stored file.
 
-    What a read touches and is not kept is fetched in one round trip. While the reads follow one
-    another, a thread fetches what comes next, as much as has been read in a row. Threads may share
-    a reader: each read is whole, from the one position that they share.
+    The chunks that a read touches are fetched in one round trip, those that are kept excepted.
+    While reads follow one another, a thread fetches what comes next, as much as has been read in a
+    row. Threads may share a reader, and with it the position: each read is whole.
+
+    A reader can be pickled if `fetch` can: it opens again at the same position.
 
     Parameters
     ----------
     manifest : Manifest
-        Of the version that is read, also when the file is replaced meanwhile.
+        Of the version that is read, even if the file is replaced meanwhile.
     fetch : callable
-        Takes chunk numbers in ascending order and returns the chunks, checked, in one round trip.
-        It raises a `DicomRedisError` for a chunk that is gone or damaged. It is called in another
-        thread too.
+        Takes chunk numbers in ascending order and returns the chunks in one round trip. It checks
+        them, and raises a `DicomRedisError` for a chunk that is gone or damaged: what it returns
+        is handed out. It is also called in a second thread.
     name : str
         The path of the file.
     cache_bytes : int, optional
-        How much is kept, in bytes; at least what one read touches.
+        How much is kept (bytes), or one chunk if that is more.
+    least_bytes : int, optional
+        How much is fetched at a time at least (bytes), where the chunks are small.
+    sequential_bytes : int, optional
+        How much must have been read in a row before any is fetched ahead (bytes).
 
     Attributes
     ----------
     bytes_fetched, round_trips : int
-        What it asked for so far.
+        What it has asked for so far.
     """
 
     def __init__(
-        self, manifest: Manifest, fetch: Fetch, *, name: str, cache_bytes: int = CACHE_BYTES
+        self,
+        manifest: Manifest,
+        fetch: Fetch,
+        *,
+        name: str,
+        cache_bytes: int = CACHE_BYTES,
+        least_bytes: int = LEAST_FETCH_BYTES,
+        sequential_bytes: int = SEQUENTIAL_BYTES,
     ) -> None:
         self.name = name
         self.bytes_fetched = 0
@@ -63,15 +75,28 @@ class ChunkReader(io.BufferedIOBase):
         self._manifest = manifest
         self._fetch = fetch
         self._cache_bytes = cache_bytes
-        self._kept: OrderedDict[int, Chunk] = OrderedDict()
+        self._least_bytes = least_bytes
+        self._sequential_bytes = sequential_bytes
+        self._kept: OrderedDict[int, bytes] = OrderedDict()
         self._kept_bytes = 0
-        self._coming: _Coming | None = None
-        self._position = 0
-        self._run_start = 0  # from there to the position, the reads followed one another
+        self._ahead: _FetchAhead | None = None
+        self._lines = io.BytesIO()  # whole lines that nobody has read, of one chunk
+        self._lines_size = 0
+        self._position = 0  # behind these lines
+        self._row_start = 0  # from there to the position, the reads followed one another
         self._lock = threading.RLock()
 
     def __repr__(self) -> str:
         return f"ChunkReader(name={self.name!r}, size={self.size})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        options = {
+            "name": self.name,
+            "cache_bytes": self._cache_bytes,
+            "least_bytes": self._least_bytes,
+            "sequential_bytes": self._sequential_bytes,
+        }
+        return _opened_again, (self._manifest, self._fetch, self.tell(), options)
 
     @property
     def size(self) -> int:
@@ -87,14 +112,15 @@ class ChunkReader(io.BufferedIOBase):
         return True
 
     def tell(self) -> int:
-        self._check_open()
-        return self._position
+        with self._lock:
+            self._check_open()
+            return self._position - self._lines_size + self._lines.tell()
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
         """Set the position and return it; as in `io.BytesIO`, also beyond the end."""
         position = index(offset)
         with self._lock:
-            self._check_open()
+            self._settle()
             if whence == io.SEEK_SET:
                 if position < 0:
                     raise ValueError(f"negative seek value {offset} in {self.name}")
@@ -105,15 +131,21 @@ class ChunkReader(io.BufferedIOBase):
             else:
                 raise ValueError(f"invalid whence ({whence}, should be 0, 1 or 2)")
             if position != self._position:
-                self._position = self._run_start = position
+                self._position = self._row_start = position
             return position
 
     def read(self, size: int | None = -1, /) -> bytes:
         most = -1 if size is None else index(size)
         with self._lock:
-            self._check_open()
+            self._settle()
             left = max(0, self.size - self._position)
             wanted = left if most < 0 else min(most, left)
+            if wanted > BATCH_BYTES:
+                # A BytesIO hands out its bytes without a copy: they are in memory once.
+                whole = io.BytesIO(bytes(wanted))
+                with whole.getbuffer() as view:
+                    self.readinto(view)
+                return whole.getvalue()
             pieces = self._pieces(wanted)
             self._position += wanted
             return bytes(pieces[0]) if len(pieces) == 1 else b"".join(pieces)
@@ -124,40 +156,85 @@ class ChunkReader(io.BufferedIOBase):
             return self.read(len(self.peek()) if size is None or index(size) < 0 else size)
 
     def readline(self, size: int | None = -1, /) -> bytes:
-        # IOBase's returns more than `size` where a peek ends, as ours do at the end of a chunk.
-        left = self.size if size is None or index(size) < 0 else index(size)
-        pieces = []
+        # A lock would take longer than this call, during which no other thread can come between.
+        if size == -1 and (line := self._lines.readline()):
+            return line
         with self._lock:
-            self._check_open()
-            while left > 0 and (ahead := self.peek()[:left]):
-                pieces.append(self.read(ahead.find(b"\n") + 1 or len(ahead)))
-                left = 0 if pieces[-1].endswith(b"\n") else left - len(ahead)
-        return b"".join(pieces)
+            self._settle()
+            most = self.size if size is None or index(size) < 0 else index(size)
+            with self._back_after_an_error():
+                line = b"".join(self._line(min(most, max(0, self.size - self._position))))
+            if size == -1:
+                self._line_up()
+            return line
+
+    def _line(self, most: int) -> Iterator[bytes]:
+        """Yield the rest of a line, chunk by chunk, and move on; at most so many bytes."""
+        while most:
+            number = self._manifest.number_at(self._position)
+            (chunk,) = self._chunks(number, number)
+            at = self._position - self._manifest.offset(number)
+            newline = chunk.find(b"\n", at, at + most) + 1
+            piece = chunk[at : newline or at + most]
+            self._position += len(piece)
+            most = 0 if newline else most - len(piece)
+            yield piece
+
+    def _line_up(self) -> None:
+        """Put the whole lines that are left in the chunk at the position into ``_lines``."""
+        number = self._manifest.number_at(self._position)
+        chunk = self._kept.get(number, b"")
+        lines = chunk[self._position - self._manifest.offset(number) : chunk.rfind(b"\n") + 1]
+        self._lines, self._lines_size = io.BytesIO(lines), len(lines)
+        self._position += len(lines)
+
+    def _settle(self) -> None:
+        """Check that the file is open, and put back the lines that nobody has read."""
+        self._check_open()
+        if self._lines_size:
+            # Emptied first: a thread that has just got hold of them may not hand one out as well.
+            self._position -= len(self._lines.read())
+            self._lines, self._lines_size = io.BytesIO(), 0
+
+    def readlines(self, hint: int | None = -1, /) -> list[bytes]:
+        if hint is None or hint <= 0:
+            return io.BytesIO(self.read()).readlines()
+        lines: list[bytes] = []
+        while hint > 0 and (line := self.readline()):
+            lines.append(line)
+            hint -= len(line)
+        return lines
 
     def readinto(self, buffer: Any, /) -> int:
         view = memoryview(buffer)
         if view.readonly or not view.c_contiguous:
             raise TypeError("readinto() needs a writable, contiguous buffer")
         with self._lock:
-            self._check_open()
+            self._settle()
             wanted = min(view.nbytes, max(0, self.size - self._position))
             start, filled = self._position, 0
-            try:
+            with self._back_after_an_error():
                 while filled < wanted:
                     # In steps: no more than one of them is held beside the caller's buffer.
                     for piece in self._pieces(min(wanted - filled, BATCH_BYTES)):
                         view.cast("B")[filled : filled + len(piece)] = piece
                         filled += len(piece)
                     self._position = start + filled
-            except BaseException:
-                self._position = start
-                raise
             return wanted
+
+    @contextlib.contextmanager
+    def _back_after_an_error(self) -> Iterator[None]:
+        position = self._position
+        try:
+            yield
+        except BaseException:
+            self._position = position
+            raise
 
     def peek(self, size: int = 0, /) -> bytes:
         """Return what is left of the chunk at the position, at least one byte before the end."""
         with self._lock:
-            self._check_open()
+            self._settle()
             if self._position >= self.size:
                 return b""
             number = self._manifest.number_at(self._position)
@@ -182,10 +259,11 @@ class ChunkReader(io.BufferedIOBase):
         """Let go of the chunks; what is being fetched ahead is waited for."""
         with self._lock:
             # The garbage collector may close a reader in the very thread that fetches for it.
-            if self._coming is not None and self._coming is not threading.current_thread():
-                self._coming.join()
-            self._coming = None
+            if self._ahead is not None and self._ahead is not threading.current_thread():
+                self._ahead.join()
+            self._ahead = None
             self._kept.clear()
+            self._lines.read()
             super().close()
 
     def _check_open(self) -> None:
@@ -205,13 +283,13 @@ class ChunkReader(io.BufferedIOBase):
             pieces.append(memoryview(chunk)[lower:upper])
         return pieces
 
-    def _chunks(self, first: int, last: int) -> list[Chunk]:
+    def _chunks(self, first: int, last: int) -> list[bytes]:
         """Return the chunks from `first` to `last`, fetching those that are not kept."""
         numbers = range(first, last + 1)
         missing = self._missing(numbers)
-        coming = self._coming
-        if missing and coming and (missing[0] in coming.numbers or not coming.is_alive()):
-            self._receive(coming)
+        ahead = self._ahead
+        if missing and ahead and (missing[0] in ahead.numbers or not ahead.is_alive()):
+            self._receive(ahead)
             missing = self._missing(numbers)
         if missing:
             self._fetch_now(missing)
@@ -233,7 +311,7 @@ class ChunkReader(io.BufferedIOBase):
 
     def _fetch_now(self, missing: list[int]) -> None:
         chunk_size = self._manifest.chunk_size
-        spare_bytes = max(0, LEAST_FETCH_BYTES - len(missing) * chunk_size)
+        spare_bytes = max(0, self._least_bytes - len(missing) * chunk_size)
         spare = self._missing(self._after(missing[-1], spare_bytes))
         if spare:
             # What is wrong with a spare chunk concerns only the read that wants it.
@@ -247,26 +325,26 @@ class ChunkReader(io.BufferedIOBase):
 
     def _fetch_ahead(self, last: int) -> None:
         """Start to fetch what a sequential reader wants next, unless that is under way."""
-        run = self._position - self._run_start
-        if run < SEQUENTIAL_BYTES or self._coming is not None:
+        row = self._position - self._row_start
+        if row < self._sequential_bytes or self._ahead is not None:
             return
-        size = min(run, READ_AHEAD_BYTES)
+        size = min(row, READ_AHEAD_BYTES)
         gap = self._missing(self._after(last, size))
         if gap:
             numbers = self._missing(self._after(gap[0] - 1, size))
-            coming = _Coming(self._fetch, self._counted(numbers))
-            coming.start()
-            self._coming = coming
+            ahead = _FetchAhead(self._fetch, self._counted(numbers))
+            ahead.start()
+            self._ahead = ahead
 
-    def _receive(self, coming: _Coming) -> None:
-        coming.join()
-        self._coming = None
-        if coming.chunks is None:
-            self._run_start = self._position  # not again at once
+    def _receive(self, ahead: _FetchAhead) -> None:
+        ahead.join()
+        self._ahead = None
+        if ahead.chunks is None:
+            self._row_start = self._position  # not again at once
         else:
-            self._keep(coming.numbers, coming.chunks)
+            self._keep(ahead.numbers, ahead.chunks)
 
-    def _keep(self, numbers: Sequence[int], chunks: Sequence[Chunk]) -> None:
+    def _keep(self, numbers: Sequence[int], chunks: Sequence[bytes]) -> None:
         for number, chunk in zip(numbers, chunks, strict=True):
             if number not in self._kept:
                 self._kept[number] = chunk
@@ -278,13 +356,22 @@ class ChunkReader(io.BufferedIOBase):
         return numbers
 
 
-class _Coming(threading.Thread):
+def _opened_again(
+    manifest: Manifest, fetch: Fetch, position: int, options: dict[str, Any]
+) -> ChunkReader:
+    """Return a reader that was pickled."""
+    reader = ChunkReader(manifest, fetch, **options)
+    reader.seek(position)
+    return reader
+
+
+class _FetchAhead(threading.Thread):
     """Chunks that are fetched while the reader is busy with the ones before."""
 
     def __init__(self, fetch: Fetch, numbers: Sequence[int]) -> None:
         super().__init__(name="ChunkReader")
         self.numbers = numbers
-        self.chunks: Sequence[Chunk] | None = None
+        self.chunks: Sequence[bytes] | None = None
         self._fetch = fetch
 
     def run(self) -> None:
