@@ -4,7 +4,7 @@
 # make test           set up, run all tests, one process a core (JOBS=0: one, to debug)
 # make check          set up, check format, lint and types
 # make format         put the code into its format
-# make notebook       run the notebook and keep its outputs in it
+# make notebook       run all notebooks and keep their outputs in them
 # make bench          a slide in and out beside other methods (5 minutes, 13 GB of memory)
 # make bench-partial  what reading a part takes as files grow (5 minutes, 6 GB of memory)
 # make bench-load     real files in, beside one process with a SET for each chunk (2 minutes)
@@ -38,7 +38,7 @@ lab: $(RUN) $(REDIS)
 	@$(BIN)/jupyter lab dicom_redis.ipynb
 
 notebook: $(RUN) $(REDIS)
-	@$(BIN)/python -m demo.run_notebook --in-place
+	@$(BIN)/python -m demo.run_notebook --in-place dicom_redis.ipynb $(sort $(wildcard examples/*.ipynb))
 
 test: $(DEV) $(REDIS)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
