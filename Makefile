@@ -2,6 +2,7 @@
 # make examples       the same for the notebooks in examples/
 # make lab            set up, open the notebook in JupyterLab
 # make test           set up, run all tests, one process a core (JOBS=0: one, to debug)
+# make test-browser   drive the notebook's viewers in Chromium (apt-get install chromium)
 # make check          set up, check format, lint and types
 # make format         put the code into its format
 # make notebook       run all notebooks and keep their outputs in them
@@ -23,7 +24,7 @@ REDIS := .redis/redis-server
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo examples lab test check format notebook bench bench-load bench-partial bench-search faults clean
+.PHONY: help demo examples lab test test-browser check format notebook bench bench-load bench-partial bench-search faults clean
 
 help:
 	@sed -n '/^# /!q; s/^# //p' Makefile
@@ -42,6 +43,9 @@ notebook: $(RUN) $(REDIS)
 
 test: $(DEV) $(REDIS)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+test-browser: $(DEV) $(REDIS)
+	@$(BIN)/python -m pytest -m browser -s tests/test_browser.py
 
 faults: $(DEV) $(REDIS)
 	@PYTHONPATH=. $(BIN)/python tests/faults.py

@@ -230,9 +230,9 @@ def _rate(header: Dataset) -> float:
 def _still(picture: NDArray[Any], about: Mapping[str, Any]) -> NDArray[np.uint8]:
     """Return a picture as the viewer shows it at first (PS3.3 C.11.2.1.2)."""
     if picture.ndim == 3:
-        return picture.astype(np.uint8)
+        return np.asarray(picture, np.uint8)
     (slope, intercept), (centre, width) = about["rescale"], next(iter(about["windows"].values()))
     values = picture * slope + intercept
     grey = np.clip((values - (centre - 0.5)) / max(width - 1, 1e-6) + 0.5, 0, 1)
-    levels: NDArray[np.uint8] = np.rint((1 - grey if about["inverse"] else grey) * 255)
+    levels: NDArray[np.float64] = np.rint((1 - grey if about["inverse"] else grey) * 255)
     return levels.astype(np.uint8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anywidget
 import imagecodecs
@@ -52,5 +52,5 @@ class Viewer(anywidget.AnyWidget):
         self.send(message, buffers)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
+        data, metadata = cast(Any, super()._repr_mimebundle_(**kwargs))
         return {**data, "image/png": self._still}, metadata
