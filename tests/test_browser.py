@@ -41,7 +41,8 @@ store = DicomStore(connect(), progress=False)
 #: Collects what the viewers say of each picture that they have shown.
 LISTEN = """selector => {
   window.seen = [];
-  document.querySelector(selector).addEventListener("shown", event => window.seen.push(event.detail));
+  const viewer = document.querySelector(selector);
+  viewer.addEventListener("shown", event => window.seen.push(event.detail));
 }"""
 
 
@@ -61,7 +62,7 @@ def lab(tmp_path_factory):
     ]  # fmt: skip
     with RedisServer() as server:
         with connect(server.url) as client, DicomStore(client, progress=False) as store:
-            assert set(store.load(data)["status"]) == {"stored"}
+            assert set(store.load(data)["status"]) == {"loaded"}
         for name, call in (
             ("scroll", "store, modality='CT'"),
             ("look_around", "store, 'slide.svs'"),
