@@ -8,7 +8,7 @@ import nbformat
 import numpy as np
 import pytest
 from nbconvert import HTMLExporter
-from samples import dicom
+from pictures import image
 from tiffslide import TiffSlide
 
 from demo.ct import write_sample_ct
@@ -39,14 +39,11 @@ def series(store, tmp_path):
     return store
 
 
-def cine(value, frames=6, **attributes):
+def cine(value, frames=6):
     """A multi-frame instance whose frame k holds `value` + k."""
-    pixels = np.arange(value, value + frames, dtype="<u2").repeat(ROWS * COLUMNS)
-    return dicom(
-        pixels=pixels.tobytes(), Rows=ROWS, Columns=COLUMNS, NumberOfFrames=frames,
-        SamplesPerPixel=1, PhotometricInterpretation="MONOCHROME2", BitsAllocated=16,
-        BitsStored=16, HighBit=15, PixelRepresentation=0, **attributes,
-    )  # fmt: skip
+    pixels = np.empty((frames, ROWS, COLUMNS), np.uint16)
+    pixels[...] = np.arange(value, value + frames).reshape(-1, 1, 1)
+    return image(pixels, NumberOfFrames=frames)
 
 
 @pytest.fixture
