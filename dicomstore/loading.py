@@ -295,6 +295,11 @@ class Loader:
         if load.size() == 0:
             raise NotDicomError("an empty file")
         if members is None:
+            if isinstance(load.content, bytes):
+                raise NotDicomError(
+                    f"{shown_path(load.path)} is not DICOM (no DICM, no SOP Class UID). A slide is "
+                    "loaded from a file, since OpenSlide reads only files."
+                )
             raise NotDicomError("neither DICOM (no DICM, no SOP Class UID) nor a slide")
         if stored is not None and not replace:
             new = {**members, "size": load.size()}
