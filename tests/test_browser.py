@@ -52,7 +52,7 @@ def lab(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     data = folder / "data"
     write_sample_ct(data / "ct", slices=SLICES)
-    write_sample_slide(data / "slide.svs", size=60_000_000)
+    write_sample_slide(data / "slide.svs", size=20_000_000)
     places = ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR")
     own = {f"JUPYTER_{place}": str(folder / place) for place in places}
     own |= {"IPYTHONDIR": str(folder), "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings")}
@@ -60,7 +60,7 @@ def lab(tmp_path_factory):
         sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--port=0",
         f"--ServerApp.root_dir={folder}", "--LabApp.news_url=None",
     ]  # fmt: skip
-    with RedisServer() as server:
+    with RedisServer() as server, (folder / "log").open("wb") as log:
         with connect(server.url) as client, DicomStore(client, progress=False) as store:
             assert set(store.load(data)["status"]) == {"loaded"}
         for name, call in (
@@ -74,7 +74,7 @@ def lab(tmp_path_factory):
             command,
             env={**os.environ, **own, "REDIS_URL": server.url},
             stdout=subprocess.DEVNULL,
-            stderr=(folder / "log").open("wb"),
+            stderr=log,
         )
         try:
             yield folder, _address(folder / "RUNTIME_DIR")
