@@ -69,6 +69,7 @@ def lab(tmp_path_factory):
         ):
             code = CODE.format(project=str(PROJECT)) + f"{name}({call})"
             notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+            notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
             nbformat.write(notebook, folder / f"{name}.ipynb")
         running = subprocess.Popen(
             command,
@@ -88,7 +89,7 @@ def _address(runtime):
     for _ in range(START_S * 10):
         for file in runtime.glob("jpserver-*.json"):
             said = json.loads(file.read_text())
-            return f"{said['url']}lab/tree/{{}}?token={said['token']}"
+            return f"{said['url']}lab/tree/{{}}?reset&token={said['token']}"
         time.sleep(0.1)
     raise TimeoutError(
         f"JupyterLab has not started: {(runtime.parent / 'log').read_text()[-2000:]}"
@@ -121,8 +122,9 @@ def opened(lab, browser):
         page.foreign = []
         page.on("request", lambda asked: page.foreign.append(asked.url))
         page.goto(address.format(f"{name}.ipynb"))
-        page.get_by_role("menuitem", name="Run", exact=True).click(timeout=START_S * 1000)
-        page.get_by_text("Run All Cells", exact=True).click()
+        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=START_S * 1000)
+        page.locator(".jp-Cell .jp-InputArea-prompt").click()
+        page.keyboard.press("Control+Enter")
         page.wait_for_selector(".dicom-viewer canvas", timeout=START_S * 1000)
         page.locator(".dicom-viewer").scroll_into_view_if_needed()
         return page
