@@ -2,6 +2,7 @@
 
 const HEIGHT = 560; // of the view in the page, in pixels
 const KEPT_TILES = 800; // decoded, 256 KiB each
+const SOFTEST = 1.42; // so much is a level enlarged before a finer one is taken
 const MOST_ZOOM = 4; // pixels of the screen to one of the slide
 
 function element(tag, parent, properties = {}) {
@@ -56,9 +57,9 @@ function render({ model, el }) {
 
   const fitting = () => Math.min(canvas.width / slideWidth, canvas.height / slideHeight);
 
-  // The coarsest level that has at least as many pixels as the screen.
+  // The coarsest level that has nearly as many pixels as the screen, or more.
   function levelInView() {
-    const enough = levels.filter((level) => level.shrink * zoom <= 1.01);
+    const enough = levels.filter((level) => level.shrink * zoom <= SOFTEST);
     return levels.indexOf(enough.at(-1) ?? levels[0]);
   }
 
