@@ -9,7 +9,7 @@ import shutil
 import statistics
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -442,36 +442,6 @@ def nearest(store: DicomStore, name: str, found: pd.DataFrame, title: str) -> Fi
         caption = f"{hit.imageName}\ndistance {hit.distance:.1f}"
         draw_image(axes, rendering.read_dataset(store.read(str(hit.key))), title=caption)
     figure.suptitle(title)
-    return _finished(figure)
-
-
-def worklist_figure(runs: Mapping[tuple[int, bool], Sequence[tuple[bool, float]]]) -> Figure:
-    """Return a figure of a day's work: how often images were in memory, and what reads took.
-
-    Parameters
-    ----------
-    runs : mapping
-        By the disk's delay (ms) and whether there was a prefetch: for each image whether it was in
-        memory, and how long it took (ms).
-    """
-    delays = sorted({delay for delay, _ in runs})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH_INCHES, 3.4), layout="constrained")
-    ways = {"without prefetch": (False, GREY), "with prefetch": (True, BLUE)}
-    shares = [100 * np.mean([hit for hit, _ in runs[delays[0], one]]) for one, _ in ways.values()]
-    drawn = left.bar(list(ways), shares, 0.6, color=[color for _, color in ways.values()])
-    left.bar_label(drawn, fmt="%.0f%%", padding=3)
-    left.set(ylabel="images found in memory, %", ylim=(0, 108))
-    for shift, (way, (prefetch, color)) in zip((-0.2, 0.2), ways.items(), strict=True):
-        means = [np.mean([ms for _, ms in runs[delay, prefetch]]) for delay in delays]
-        drawn = right.bar(np.arange(len(delays)) + shift, means, 0.4, color=color, label=way)
-        right.bar_label(drawn, fmt="%.1f", padding=3)
-    right.set_xticks(range(len(delays)), [f"+{delay} ms" for delay in delays])
-    right.set(xlabel="the archive's disk, each read", ylabel="mean ms an image")
-    right.margins(y=0.12)
-    right.legend(frameon=False)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"Prefetch raises the hits from {shares[0]:.0f}% to {shares[1]:.0f}%")
     return _finished(figure)
 
 
