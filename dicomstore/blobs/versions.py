@@ -152,33 +152,39 @@ class Versions:
         ServerError
             If the server refuses, or the connection is too slow to keep a lease.
         """
-        for _ in range(ATTEMPTS):
-            pending = [write for write in writes if write.outcome is None]
-            if not pending:
-                return
-            for write in pending:
-                write.begin()
-            try:
-                with self._leases.held([write.manifest.lease for write in pending]):
-                    self._send(pending)
-                    self.commit([write for write in pending if write.outcome is None])
-            except BaseException as error:
-                # What cannot be taken back now, `sweep` finds once the leases have run out.
-                with contextlib.suppress(ServerError):
-                    for write in pending:
-                        self._take_back(write.manifest)
-                if type(error) in (ServerError, RefusedError):
-                    raise _unstored(pending, error) from error.__cause__
-                raise
-            for write in pending:
-                is_stored = write.outcome in ("loaded", "replaced")
-                # A commit may have succeeded although its reply was lost.
-                if not is_stored and self._take_back(write.manifest) == "committed":
-                    write.outcome = "loaded"
-        raise ServerError(
-            f"{writes[0].key} could not be stored: its lease of {LEASE_MS} ms ran out {ATTEMPTS} "
-            "times. The connection to Redis is too slow, or stalls."
-        )
+        if writes:
+            self._try(writes)
+        for write in writes:  # those that lost their lease, by themselves: it is over sooner
+            for _ in range(ATTEMPTS - 1):
+                if write.outcome is None:
+                    self._try([write])
+            if write.outcome is None:
+                raise ServerError(
+                    f"{shown_path(write.key)} could not be stored: its lease of {LEASE_MS} ms ran "
+                    f"out {ATTEMPTS} times. The connection to Redis is too slow, or stalls."
+                )
+
+    def _try(self, writes: Sequence[Write]) -> None:
+        """Send and commit new versions; the outcome of one that loses its lease stays open."""
+        for write in writes:
+            write.begin()
+        try:
+            with self._leases.held([write.manifest.lease for write in writes]):
+                self._send(writes)
+                self.commit([write for write in writes if write.outcome is None])
+        except BaseException as error:
+            # What cannot be taken back now, `sweep` finds once the leases have run out.
+            with contextlib.suppress(ServerError):
+                for write in writes:
+                    self._take_back(write.manifest)
+            if type(error) in (ServerError, RefusedError):
+                raise _unstored(writes, error) from error.__cause__
+            raise
+        for write in writes:
+            is_stored = write.outcome in ("loaded", "replaced")
+            # A commit may have succeeded although its reply was lost.
+            if not is_stored and self._take_back(write.manifest) == "committed":
+                write.outcome = "loaded"
 
     def _send(self, writes: Sequence[Write]) -> None:
         """Send the chunks of versions."""
@@ -225,7 +231,16 @@ class Versions:
             return replaced
 
         watched = [key for write in writes for key in (write.key, write.manifest.lease)]
-        for write, stored in zip(writes, self._transaction(watched, commit), strict=True):
+        try:
+            replaced = self._transaction(watched, commit)
+        except DamagedError as error:  # a foreign key has taken a document's place
+            if len(writes) == 1:
+                writes[0].outcome = error
+                return
+            for write in writes:
+                self._commit([write])
+            return
+        for write, stored in zip(writes, replaced, strict=True):
             if stored is not None and stored.document is not None:
                 if write.outcome == "replaced":
                     self._chunks.unlink(stored.document.manifest)
