@@ -247,19 +247,18 @@ class Loader:
         document = stored and stored.document
         if stored is None or document is None or not 0 < load.size() == document.manifest.size:
             return False
-        attachments = stored.members.get("attachments", {})
         if document.manifest.chunk_size != self._chunk_size or not self._chunks.has_attachments(
-            document.manifest, attachments
+            document.manifest, stored.attachments
         ):
             return False
         with load.opened() as file:
             if load.row["size"] != document.manifest.size or _digest(file) != document.blake3:
                 return False
+            if not cold:  # before a chunk is sent again: `keep` goes by the first one's time
+                self._chunks.keep(document.manifest)
             status = "unchanged" if cold else self._mended(file, document, repair=repair)
         if not status:
             return False
-        if not cold:
-            self._chunks.keep(document.manifest)
         reasons = [PARTIAL_HEADER] if "headerPartial" in stored.members else []
         load.succeeded(status, document.manifest.count, reasons)
         has_thumbnail = "thumbnail" in stored.members or "rows" not in stored.members
@@ -268,7 +267,8 @@ class Loader:
     def _mended(self, file: BinaryIO, document: Document, *, repair: bool) -> str:
         """Send the chunks that are gone again, with `repair` also the damaged ones.
 
-        Return ``"unchanged"``, ``"repaired"``, or ``""`` if the file was replaced meanwhile.
+        Return ``"unchanged"``, ``"repaired"``, or ``""`` if it has to be stored anew: it was
+        replaced meanwhile, or its document has a wrong CRC-32.
         """
         if not repair and not self._chunks.missing([document.manifest])[0]:
             return "unchanged"
@@ -279,7 +279,7 @@ class Loader:
             piece = bytearray(document.manifest.length(number))
             _fill(file, memoryview(piece))
             if crc32(piece) != document.crc[number]:
-                raise OSError(errno.EIO, CHANGED)
+                return ""
             pieces[number] = bytes(piece)
             if sum(map(len, pieces.values())) > BATCH_BYTES or number == max(faults):
                 if not self._versions.put_back(document.manifest, pieces):

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from dicomstore.blobs.chunks import Chunks
 from dicomstore.blobs.manifest import (
+    ATTACHMENTS,
     STORAGE_MEMBERS,
     Document,
     Manifest,
@@ -55,6 +56,12 @@ class Stored(NamedTuple):
 
     document: Document | None
     members: Mapping[str, Any]
+
+    @property
+    def attachments(self) -> list[str]:
+        """The names of what lies beside the chunks."""
+        named = self.members.get("attachments")
+        return [name for name in ATTACHMENTS if isinstance(named, dict) and name in named]
 
 
 @dataclass
@@ -207,7 +214,7 @@ class Versions:
 
     def _commit(self, writes: Sequence[Write]) -> None:
         texts = [json.dumps(write.members, ensure_ascii=False, allow_nan=False) for write in writes]
-        names = (*STORAGE_MEMBERS, "sopInstanceUID", "vendor")
+        names = (*STORAGE_MEMBERS, "sopInstanceUID", "vendor", "attachments")
 
         def commit(pipe: Any) -> list[Stored | None]:
             """Queue what may be committed; return what it replaces."""
@@ -251,8 +258,7 @@ class Versions:
         """Return what becomes of a version, given what is stored in its place."""
         if stored is None:
             return "loaded"
-        document, digest = stored.document, write.members["blake3"]
-        if document is not None and self.is_whole(document, write.manifest, digest):
+        if self._is_whole(stored, write):
             return "unchanged"  # somebody else was first, with the same bytes
         try:
             write.may_replace(stored, write.members)
@@ -260,11 +266,18 @@ class Versions:
             return error
         return "replaced"
 
-    def is_whole(self, document: Document, like: Manifest, blake3: str) -> bool:
-        """Whether `document` is of these bytes, cut like `like`, with every chunk there."""
-        manifest = document.manifest
-        alike = (manifest.size, manifest.chunk_size) == (like.size, like.chunk_size)
-        return alike and document.blake3 == blake3 and self._chunks.missing([manifest]) == [0]
+    def _is_whole(self, stored: Stored, write: Write) -> bool:
+        """Whether what is stored has the bytes of `write`, cut in the same way, and lacks no key."""
+        document = stored.document
+        if document is None or document.blake3 != write.members["blake3"]:
+            return False
+        manifest, new = document.manifest, write.manifest
+        return (
+            (manifest.size, manifest.chunk_size) == (new.size, new.chunk_size)
+            and document.crc == write.members["crc"]
+            and self._chunks.missing([manifest]) == [0]
+            and self._chunks.has_attachments(manifest, stored.attachments)
+        )
 
     def _take_back(self, manifest: Manifest) -> str:
         """Remove what was sent unless it is committed; return ``"committed"`` or ``"removed"``."""
