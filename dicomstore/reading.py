@@ -30,7 +30,7 @@ from dicomstore.errors import (
 )
 from dicomstore.keys import DOCUMENT_PREFIX, document_key, path_of, shown_path
 from dicomstore.server.connection import Server
-from dicomstore.tier import Tier
+from dicomstore.tier import Mender, Tier
 
 Result = TypeVar("Result")
 
@@ -73,8 +73,12 @@ class Reading:
 
     # --- by name ---
 
-    def members(self, name: str, names: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    def members(
+        self, name: str, names: Sequence[str], mender: Mender | None = None
+    ) -> tuple[str, dict[str, Any]]:
         """Return key and members of the document that `name` means: a key, a path or imageName.
+
+        A file whose document is gone comes from `mender`.
 
         Raises
         ------
@@ -86,7 +90,7 @@ class Reading:
             keys.insert(0, name)
         for key in keys:
             found = self._versions.members(key, names)
-            if found is None and self._tier.load_evicted(key):
+            if found is None and mender is not None and mender.load(key):
                 found = self._versions.members(key, names)
                 if found is None:
                     raise MissingChunkError(f"{key} is evicted as soon as it is loaded.")
@@ -113,7 +117,7 @@ class Reading:
 
     def manifest(self, name: str) -> Manifest:
         """Return the manifest of the stored version."""
-        return parse_manifest(*self.members(name, MANIFEST_MEMBERS))
+        return parse_manifest(*self.members(name, MANIFEST_MEMBERS, self._tier.mender()))
 
     def remember(self, found: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
         """Remember where files lie that a search has found: reading one takes one round trip."""
@@ -127,7 +131,7 @@ class Reading:
         """Return a file's bytes."""
         if (known := self._read_remembered(name)) is not None:
             return known
-        return self._mending(name, self._chunks.read)
+        return self._mending(name, self._chunks.read)[1]
 
     def _read_remembered(self, name: str) -> bytes | None:
         """Return a small file's bytes in one round trip, or None if that is not possible."""
@@ -153,20 +157,18 @@ class Reading:
             self._chunks.read_into(document, view[:size], mend)
             return view[:size]
 
-        return self._mending(name, fill)
+        return self._mending(name, fill)[1]
 
-    def _mending(self, name: str, read: Callable[[Document, Mend | None], Result]) -> Result:
+    def _mending(
+        self, name: str, read: Callable[[Document, Mend | None], Result]
+    ) -> tuple[str, Result]:
         """Read a whole file; what Redis has lost comes from the source, where there is one."""
         mender = self._tier.mender()
-        found: list[Manifest] = []
-
-        def action(document: Document) -> Result:
-            found.append(document.manifest)
-            return read(document, mender)
-
-        result = self.consistently(name, action)
-        self._tier.finished(found[-1], hit=mender is None or not mender.was_needed)
-        return result
+        manifest, result = self.consistently(
+            name, lambda document: (document.manifest, read(document, mender)), mender
+        )
+        self._tier.finished(manifest, hit=mender is None or not mender.was_needed)
+        return manifest.key, result
 
     def read_each(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
         """Yield key and bytes of files, in order: many documents and chunks in each request."""
@@ -179,28 +181,35 @@ class Reading:
                 if found is None or isinstance(found, Exception) or found.document is None:
                     yield from self._chunks_of(ready)
                     ready = []
-                    key, _ = self.members(name, ("version",))
-                    yield key, self.read(key)
+                    yield self._mending(name, self._chunks.read)
                 else:
                     ready.append(found.document)
             yield from self._chunks_of(ready)
 
     def _chunks_of(self, documents: Sequence[Document]) -> Iterator[tuple[str, bytes]]:
-        """Yield whole files; one that is replaced, evicted or damaged is read by itself."""
+        """Yield whole files; one that is replaced or cannot be mended is read by itself."""
         done = 0
-        try:
-            for document, content in self._chunks.read_each(documents):
+        while done < len(documents):
+            mender = self._tier.mender()
+            try:
+                for document, content in self._chunks.read_each(documents[done:], mender):
+                    done += 1
+                    self._remembered.put(document.manifest)
+                    hit = mender is None or not mender.was_needed
+                    self._tier.finished(document.manifest, hit=hit)
+                    if mender is not None:
+                        mender.was_needed = False
+                    yield document.key, content
+            except (MissingChunkError, DamagedError):
                 done += 1
-                self._remembered.put(document.manifest)
-                yield document.key, content
-        except (MissingChunkError, DamagedError):
-            yield documents[done].key, self.read(documents[done].key)
-            yield from self._chunks_of(documents[done + 1 :])
+                yield self._mending(documents[done - 1].key, self._chunks.read)
 
-    def consistently(self, name: str, action: Callable[[Document], Result]) -> Result:
+    def consistently(
+        self, name: str, action: Callable[[Document], Result], mender: Mender | None = None
+    ) -> Result:
         """Return what `action` makes of one version of a file; start over if it is replaced."""
         for _ in range(ATTEMPTS):
-            key, members = self.members(name, STORAGE_MEMBERS)
+            key, members = self.members(name, STORAGE_MEMBERS, mender)
             document = parse_document(key, members)
             try:
                 result = action(document)
@@ -280,6 +289,10 @@ class Reading:
             whole = chunks[own[0]] if len(own) == 1 else b"".join(chunks[n] for n in own)
             pieces.append(whole[begin : begin + length])
         return pieces
+
+    def mender(self) -> Mender | None:
+        """Return what fetches for one read what Redis has lost; None without a source."""
+        return self._tier.mender()
 
     def some_mended(self, manifest: Manifest, numbers: Sequence[int]) -> list[bytes]:
         """As `some`; what Redis has lost comes from the source, where there is one."""

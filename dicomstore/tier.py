@@ -201,16 +201,27 @@ class Tier:
 
 
 class Mender:
-    """Fetches lost chunks for one read, and remembers whether it had to."""
+    """Fetches for one read what Redis has lost, and remembers whether it had to."""
 
     def __init__(self, tier: Tier) -> None:
         self._tier = tier
         self.was_needed = False
 
     def __call__(self, manifest: Manifest, crcs: Mapping[int, int]) -> dict[int, bytes]:
-        self.was_needed = True
         with self._tier.fetching():
             found = self._tier.mend(manifest, crcs)
-        if self._tier.on_miss is not None:
-            self._tier.on_miss(manifest.key)
+        self._missed(manifest.key)
         return found
+
+    def load(self, key: str) -> bool:
+        """Load the file of a document that is gone; return whether it is there."""
+        with self._tier.fetching():
+            is_there = self._tier.load_evicted(key)
+        if is_there:
+            self._missed(key)
+        return is_there
+
+    def _missed(self, key: str) -> None:
+        self.was_needed = True
+        if self._tier.on_miss is not None:
+            self._tier.on_miss(key)

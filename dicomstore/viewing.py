@@ -133,7 +133,7 @@ class Viewing:
 
     def _located(self, name: str) -> tuple[Manifest, Frames]:
         """Return where the frames of an instance lie."""
-        key, members = self._reading.members(name, FRAME_MEMBERS)
+        key, members = self._reading.members(name, FRAME_MEMBERS, self._reading.mender())
         manifest = parse_manifest(key, members)
         attributes = {
             keyword: members[f"header.{keyword}"]

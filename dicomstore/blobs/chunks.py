@@ -191,22 +191,24 @@ class Chunks:
                 for chunk in self.in_order(document):
                     write(chunk)
 
-    def read_each(self, documents: Sequence[Document]) -> Iterator[tuple[Document, bytes]]:
+    def read_each(
+        self, documents: Sequence[Document], mend: Mend | None = None
+    ) -> Iterator[tuple[Document, bytes]]:
         """Yield whole files in order, with the chunks of many small files in each request."""
         for group in _groups(documents):
             if len(group) == 1:
-                yield group[0], self.read(group[0])
+                yield group[0], self.read(group[0], mend)
             else:
-                yield from zip(group, self._read_batch(group), strict=True)
+                yield from zip(group, self._read_batch(group, mend), strict=True)
 
-    def _read_batch(self, documents: Sequence[Document]) -> Iterator[bytes]:
+    def _read_batch(self, documents: Sequence[Document], mend: Mend | None) -> Iterator[bytes]:
         keys = [key for document in documents for key in document.manifest.chunk_keys()]
         replies = self._server.commands(self._server.for_keys("MGET", keys))
         chunks = itertools.chain.from_iterable(replies)
         for document in documents:
             numbers = range(document.manifest.count)
             own = list(itertools.islice(chunks, len(numbers)))
-            yield b"".join(check(document.manifest, numbers, own, document.crc))
+            yield b"".join(check(document.manifest, numbers, own, document.crc, mend))
 
     # --- checking, keeping and removing ---
 

@@ -267,7 +267,7 @@ class Versions:
         return "replaced"
 
     def _is_whole(self, stored: Stored, write: Write) -> bool:
-        """Whether what is stored has the bytes of `write`, cut in the same way, and lacks no key."""
+        """Whether what is stored has the bytes of `write`, cut alike, and lacks no key."""
         document = stored.document
         if document is None or document.blake3 != write.members["blake3"]:
             return False
