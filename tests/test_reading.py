@@ -1,4 +1,4 @@
-"""Reading: never stale, never wrong, many at once, counted exactly, and from a different process."""
+"""Reading: never stale, never wrong, many at once, counted exactly, and in other processes."""
 
 import itertools
 import multiprocessing
