@@ -109,7 +109,14 @@ def render(dataset: Dataset, frame: int = 0) -> NDArray[np.uint8]:
         return _shown(array, dataset, frame)
 
 
-def render_file(file: BinaryIO, frame: int, syntax: str, *, longest: int) -> NDArray[np.uint8]:
+def render_file(
+    file: BinaryIO,
+    frame: int,
+    syntax: str,
+    *,
+    longest: int,
+    window: tuple[float, float, str] | None = None,
+) -> NDArray[np.uint8]:
     """Return one frame of a file as :func:`render` does, reading and decoding no other.
 
     Parameters
@@ -122,6 +129,8 @@ def render_file(file: BinaryIO, frame: int, syntax: str, *, longest: int) -> NDA
         Its transfer syntax UID.
     longest : int
         Of more rows or columns than twice this, only every second, third, ... is used.
+    window : (float, float, str), optional
+        Centre, width and VOI LUT Function that count instead of the file's.
 
     Raises
     ------
@@ -143,7 +152,7 @@ def render_file(file: BinaryIO, frame: int, syntax: str, *, longest: int) -> NDA
     vr = "OW" if implicit_vr else element[4:6].decode("ascii")
     array = _samples(file, dataset, frame, uid, (PIXEL_DATA[group << 16 | number], vr))
     step = max(1, max(array.shape[:2]) // longest)
-    return _shown(array[::step, ::step], dataset, frame)
+    return _shown(array[::step, ::step], dataset, frame, window)
 
 
 def _samples(
@@ -184,12 +193,17 @@ def _samples(
     return array
 
 
-def _shown(array: NDArray[Any], dataset: Dataset, frame: int) -> NDArray[np.uint8]:
+def _shown(
+    array: NDArray[Any],
+    dataset: Dataset,
+    frame: int,
+    window: tuple[float, float, str] | None = None,
+) -> NDArray[np.uint8]:
     if dataset.PhotometricInterpretation == "PALETTE COLOR":
         return _coloured(array, dataset)
     if array.ndim == 3:
         return _colour(array, dataset)
-    return _grey(array, dataset, frame)
+    return _grey(array, dataset, frame, window)
 
 
 # --- colour --------------------------------------------------------------------------------------
@@ -267,9 +281,11 @@ class _Table(NamedTuple):
 # --- grey ----------------------------------------------------------------------------------------
 
 
-def _grey(array: NDArray[Any], dataset: Dataset, frame: int) -> NDArray[np.uint8]:
+def _grey(
+    array: NDArray[Any], dataset: Dataset, frame: int, window: tuple[float, float, str] | None
+) -> NDArray[np.uint8]:
     values = _modality_values(array, dataset, frame)
-    grey = _voi_levels(values, dataset, frame)
+    grey = _windowed(values, *window) if window else _voi_levels(values, dataset, frame)
     background = None
     if grey is None:
         background = _padding(array, dataset)
