@@ -12,6 +12,7 @@
 # make bench-search   searching among up to 200,000 documents, and the scenarios (5 minutes)
 # make faults         kill, damage and starve the store at length, and run the property tests with
 #                     all their examples: benchmarks/faults.md
+# make viewer         the viewer OHIF on what is in Redis, or on FOLDER=... (once: 45 MB from npm)
 # make clean          remove what the set-up made
 
 PYTHON ?= python3
@@ -24,7 +25,7 @@ REDIS := .redis/redis-server
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo examples lab test test-browser check format notebook bench bench-load bench-partial bench-search faults clean
+.PHONY: help demo examples lab viewer test test-browser check format notebook bench bench-load bench-partial bench-search faults clean
 
 help:
 	@sed -n '/^# /!q; s/^# //p' Makefile
@@ -92,5 +93,16 @@ $(REDIS): | .venv/bin/python
 	@echo 'Installing the embedded Redis into .redis (once, 53 MB) ...'
 	@$(BIN)/python -m dicomstore.server.embedded install
 
+OHIF := .viewer/package/dist/index.html
+
+viewer: $(RUN) $(REDIS) $(OHIF)
+	@$(BIN)/python -m dicomstore.web --viewer $(dir $(OHIF)) $(FOLDER)
+
+$(OHIF):
+	@command -v npm >/dev/null || \
+		{ echo 'The viewer comes from npm, which is not installed; DICOMweb works without it.' >&2; exit 1; }
+	@mkdir -p .viewer && cd .viewer && npm pack --silent @ohif/app@3.13.2 >/dev/null
+	@cd .viewer && tar xzf ohif-app-3.13.2.tgz && rm ohif-app-3.13.2.tgz && touch package/dist/index.html
+
 clean:
-	rm -rf .venv .redis
+	rm -rf .venv .redis .viewer
