@@ -483,8 +483,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         files = find_slides(arguments.paths, arguments.sample_size)
         if arguments.output:
-            arguments.output.mkdir(parents=True, exist_ok=True)
             refuse_overwriting(files, arguments.output)
+            arguments.output.mkdir(parents=True, exist_ok=True)
         if arguments.grid:
             grid(arguments, files)
             return 0

@@ -229,11 +229,10 @@ class Reading:
         """Open a file for reading."""
         manifest = self.manifest(name)
         path = path_of(manifest.key)
-        fetch = _Fetch(self, manifest)
-        reader = ChunkReader(manifest, fetch, name=path, cache_bytes=cache_bytes)
         # The document's; an imageName was looked for as a path and by a search before.
-        reader.round_trips = 1 if name in (manifest.key, path) else 3
-        return reader
+        trips = 1 if name in (manifest.key, path) else 3
+        fetch = _Fetch(self, manifest)
+        return ChunkReader(manifest, fetch, name=path, cache_bytes=cache_bytes, round_trips=trips)
 
     def some(
         self, manifest: Manifest, numbers: Sequence[int], mend: Mend | None = None

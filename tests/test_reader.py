@@ -242,6 +242,16 @@ def test_small_chunks_are_fetched_several_at_a_time():
     assert memory.asked == [[3, 4, 5, 6]]
 
 
+def test_pieces_that_are_known_beforehand_come_in_one_round_trip():
+    """Spans are returned in their order, and only chunks that are not kept are asked for."""
+    memory = Memory(RANDOM, 100_000)
+    with memory.open() as reader:
+        reader.read(10)
+        spans = [(950_000, 10), (5, 20), (399_990, 20)]
+        assert reader.read_spans(spans) == [RANDOM[at : at + size] for at, size in spans]
+    assert memory.asked[-1] == [3, 4, 9]
+
+
 def test_scattered_reads_take_nothing_more():
     """Only who reads in a row gets more than the chunks touched, however much was read before."""
     memory = Memory(RANDOM[:100_000], 1000)

@@ -52,11 +52,8 @@ class ChunkReader(io.BufferedIOBase):
         How much is fetched at a time at least (bytes), where the chunks are small.
     sequential_bytes : int, optional
         How much must have been read in a row before any is fetched ahead (bytes).
-
-    Attributes
-    ----------
-    bytes_fetched, round_trips : int
-        What it has asked for so far.
+    round_trips : int, optional
+        How many it took to open the file.
     """
 
     def __init__(
@@ -68,40 +65,44 @@ class ChunkReader(io.BufferedIOBase):
         cache_bytes: int = CACHE_BYTES,
         least_bytes: int = LEAST_FETCH_BYTES,
         sequential_bytes: int = SEQUENTIAL_BYTES,
+        round_trips: int = 0,
     ) -> None:
         self.name = name
-        self.bytes_fetched = 0
-        self.round_trips = 0
+        self._options = {
+            "cache_bytes": cache_bytes,
+            "least_bytes": least_bytes,
+            "sequential_bytes": sequential_bytes,
+        }
         self._manifest = manifest
         self._fetch = fetch
-        self._cache_bytes = cache_bytes
-        self._least_bytes = least_bytes
-        self._sequential_bytes = sequential_bytes
-        self._kept: OrderedDict[int, bytes] = OrderedDict()
-        self._kept_bytes = 0
-        self._ahead: _FetchAhead | None = None
+        self._cache = _Cache(manifest, fetch, **self._options)
+        self._opening = round_trips
         self._lines = io.BytesIO()  # whole lines that nobody has read, of one chunk
         self._lines_size = 0
         self._position = 0  # behind these lines
-        self._row_start = 0  # from there to the position, the reads followed one another
         self._lock = threading.RLock()
 
     def __repr__(self) -> str:
         return f"ChunkReader(name={self.name!r}, size={self.size})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        options = {
-            "name": self.name,
-            "cache_bytes": self._cache_bytes,
-            "least_bytes": self._least_bytes,
-            "sequential_bytes": self._sequential_bytes,
-        }
+        options = {"name": self.name, **self._options}
         return _opened_again, (self._manifest, self._fetch, self.tell(), options)
 
     @property
     def size(self) -> int:
         """The file's size in bytes."""
         return self._manifest.size
+
+    @property
+    def bytes_fetched(self) -> int:
+        """How many bytes of chunks have been asked for so far."""
+        return self._cache.bytes_fetched
+
+    @property
+    def round_trips(self) -> int:
+        """How many round trips the file has taken so far."""
+        return self._opening + self._cache.round_trips
 
     def readable(self) -> bool:
         self._check_open()
@@ -131,7 +132,7 @@ class ChunkReader(io.BufferedIOBase):
             else:
                 raise ValueError(f"invalid whence ({whence}, should be 0, 1 or 2)")
             if position != self._position:
-                self._position = self._row_start = position
+                self._position = self._cache.row_start = position
             return position
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -172,7 +173,7 @@ class ChunkReader(io.BufferedIOBase):
         """Yield the rest of a line, chunk by chunk, and move on; at most so many bytes."""
         while most:
             number = self._manifest.number_at(self._position)
-            (chunk,) = self._chunks(number, number)
+            (chunk,) = self._cache.chunks(number, number, self._position)
             at = self._position - self._manifest.offset(number)
             newline = chunk.find(b"\n", at, at + most) + 1
             piece = chunk[at : newline or at + most]
@@ -183,7 +184,7 @@ class ChunkReader(io.BufferedIOBase):
     def _line_up(self) -> None:
         """Put the whole lines that are left in the chunk at the position into ``_lines``."""
         number = self._manifest.number_at(self._position)
-        chunk = self._kept.get(number, b"")
+        chunk = self._cache.kept(number)
         lines = chunk[self._position - self._manifest.offset(number) : chunk.rfind(b"\n") + 1]
         self._lines, self._lines_size = io.BytesIO(lines), len(lines)
         self._position += len(lines)
@@ -244,11 +245,10 @@ class ChunkReader(io.BufferedIOBase):
     def read_spans(self, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         """Return pieces by offset and length; what is not kept comes in one round trip."""
         with self._lock:
-            self._check_open()
+            self._settle()
             at = self._manifest.number_at
             ranges = (range(at(start), at(start + length - 1) + 1) for start, length in spans)
-            if missing := self._missing(sorted({number for each in ranges for number in each})):
-                self._fetch_now(missing)
+            self._cache.get_ready(sorted({number for each in ranges for number in each}))
             return [self.read(length) for start, length in spans if self.seek(start) >= 0]
 
     def write(self, _data: Any, /) -> int:
@@ -258,12 +258,8 @@ class ChunkReader(io.BufferedIOBase):
     def close(self) -> None:
         """Let go of the chunks; what is being fetched ahead is waited for."""
         with self._lock:
-            # The garbage collector may close a reader in the very thread that fetches for it.
-            if self._ahead is not None and self._ahead is not threading.current_thread():
-                self._ahead.join()
-            self._ahead = None
-            self._kept.clear()
             self._lines.read()
+            self._cache.close()
             super().close()
 
     def _check_open(self) -> None:
@@ -276,27 +272,80 @@ class ChunkReader(io.BufferedIOBase):
             return []
         manifest, position = self._manifest, self._position
         first, last = manifest.number_at(position), manifest.number_at(position + wanted - 1)
+        chunks = self._cache.chunks(first, last, position)
         pieces = []
-        for number, chunk in zip(range(first, last + 1), self._chunks(first, last), strict=True):
+        for number, chunk in zip(range(first, last + 1), chunks, strict=True):
             start = manifest.offset(number)
             lower, upper = max(position - start, 0), position + wanted - start
             pieces.append(memoryview(chunk)[lower:upper])
         return pieces
 
-    def _chunks(self, first: int, last: int) -> list[bytes]:
-        """Return the chunks from `first` to `last`, fetching those that are not kept."""
+
+def _opened_again(
+    manifest: Manifest, fetch: Fetch, position: int, options: dict[str, Any]
+) -> ChunkReader:
+    """Return a reader that was pickled."""
+    reader = ChunkReader(manifest, fetch, **options)
+    reader.seek(position)
+    return reader
+
+
+class _Cache:
+    """The chunks that a reader keeps, and those that it fetches and fetches ahead."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        fetch: Fetch,
+        *,
+        cache_bytes: int,
+        least_bytes: int,
+        sequential_bytes: int,
+    ) -> None:
+        self.bytes_fetched = self.round_trips = 0
+        self.row_start = 0  # from there to the position, the reads followed one another
+        self._manifest = manifest
+        self._fetch = fetch
+        self._cache_bytes = cache_bytes
+        self._least_bytes = least_bytes
+        self._sequential_bytes = sequential_bytes
+        self._kept: OrderedDict[int, bytes] = OrderedDict()
+        self._kept_bytes = 0
+        self._ahead: _FetchAhead | None = None
+
+    def close(self) -> None:
+        """Let go of the chunks; what is being fetched ahead is waited for."""
+        # The garbage collector may close a reader in the very thread that fetches for it.
+        if self._ahead is not None and self._ahead is not threading.current_thread():
+            self._ahead.join()
+        self._ahead = None
+        self._kept.clear()
+
+    def get_ready(self, numbers: Sequence[int]) -> None:
+        """Fetch those of the chunks `numbers`, in ascending order, that are not kept."""
+        if missing := self._missing(numbers):
+            self._fetch_now(missing)
+
+    def kept(self, number: int) -> bytes:
+        """Return a chunk that is kept, or nothing."""
+        return self._kept.get(number, b"")
+
+    def chunks(self, first: int, last: int, position: int) -> list[bytes]:
+        """Return the chunks from `first` to `last`, fetching those that are not kept.
+
+        `position` is where the reader is.
+        """
         numbers = range(first, last + 1)
         missing = self._missing(numbers)
         ahead = self._ahead
         if missing and ahead and (missing[0] in ahead.numbers or not ahead.is_alive()):
-            self._receive(ahead)
+            self._receive(ahead, position)
             missing = self._missing(numbers)
-        if missing:
-            self._fetch_now(missing)
+        self.get_ready(missing)
         chunks = [self._kept[number] for number in numbers]
         for number in numbers:
             self._kept.move_to_end(number)
-        self._fetch_ahead(last)
+        self._fetch_ahead(last, position - self.row_start)
         while self._kept_bytes > self._cache_bytes and len(self._kept) > 1:
             self._kept_bytes -= len(self._kept.popitem(last=False)[1])
         return chunks
@@ -323,9 +372,8 @@ class ChunkReader(io.BufferedIOBase):
             batch = missing[first : first + step]
             self._keep(batch, self._fetch(self._counted(batch)))
 
-    def _fetch_ahead(self, last: int) -> None:
-        """Start to fetch what a sequential reader wants next, unless that is under way."""
-        row = self._position - self._row_start
+    def _fetch_ahead(self, last: int, row: int) -> None:
+        """Start to fetch what comes after so many bytes in a row, unless that is under way."""
         if row < self._sequential_bytes or self._ahead is not None:
             return
         size = min(row, READ_AHEAD_BYTES)
@@ -336,11 +384,11 @@ class ChunkReader(io.BufferedIOBase):
             ahead.start()
             self._ahead = ahead
 
-    def _receive(self, ahead: _FetchAhead) -> None:
+    def _receive(self, ahead: _FetchAhead, position: int) -> None:
         ahead.join()
         self._ahead = None
         if ahead.chunks is None:
-            self._row_start = self._position  # not again at once
+            self.row_start = position  # not again at once
         else:
             self._keep(ahead.numbers, ahead.chunks)
 
@@ -354,15 +402,6 @@ class ChunkReader(io.BufferedIOBase):
         self.round_trips += 1
         self.bytes_fetched += sum(map(self._manifest.length, numbers))
         return numbers
-
-
-def _opened_again(
-    manifest: Manifest, fetch: Fetch, position: int, options: dict[str, Any]
-) -> ChunkReader:
-    """Return a reader that was pickled."""
-    reader = ChunkReader(manifest, fetch, **options)
-    reader.seek(position)
-    return reader
 
 
 class _FetchAhead(threading.Thread):
