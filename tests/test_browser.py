@@ -199,7 +199,7 @@ def test_scroll_with_keys(opened):
     )
     page.locator(".dicom-viewer canvas").click()
     page.keyboard.press("Space")
-    _shown(page, 90)
+    page.wait_for_function("document.querySelector('.dicom-viewer').dataset.shown >= 90")
     page.keyboard.press("Space")
     _picture(page, "scroll-dark-1024")
     assert page.locator(".jp-Cell").count() == 1

@@ -3,6 +3,7 @@
 const HEIGHT = 560; // of the view in the page, in pixels
 const KEPT_TILES = 800; // decoded, 256 KiB each
 const SOFTEST = 1.42; // so much is a level enlarged before a finer one is taken
+const QUESTIONS = 2; // on their way at a time: the next one is for where the view is by then
 const MOST_ZOOM = 4; // pixels of the screen to one of the slide
 
 function element(tag, parent, properties = {}) {
@@ -21,7 +22,8 @@ function render({ model, el }) {
     shrink: slideWidth / width,
   }));
   const kept = new Map(); // by level and number, pictures; null for a tile that is left out
-  let asked = null; // one question at a time: the next one is for where the view is by then
+  const asked = new Set();
+  const questions = []; // when each that is on its way was asked
   let failed = "";
   let due = false;
   let wantedSince = performance.now();
@@ -161,9 +163,11 @@ function render({ model, el }) {
   // --- what is fetched ---
 
   function ask(missing) {
-    if (!missing.length || asked || failed) return;
-    asked = performance.now();
-    model.send({ ask: missing.map(({ n, number }) => [n, number]) });
+    const wanted = missing.filter((tile) => !asked.has(keyOf(tile)));
+    if (!wanted.length || questions.length >= QUESTIONS || failed) return;
+    wanted.forEach((tile) => asked.add(keyOf(tile)));
+    questions.push(performance.now());
+    model.send({ ask: wanted.map(({ n, number }) => [n, number]) });
   }
 
   async function receive(message, buffers) {
@@ -173,7 +177,10 @@ function render({ model, el }) {
     }
     const decoded = await Promise.all(buffers.map((bytes) =>
       bytes.byteLength ? createImageBitmap(new Blob([bytes], { type: "image/jpeg" })) : null));
-    message.places.forEach(([n, number], at) => kept.set(`${n}/${number}`, decoded[at]));
+    message.places.forEach(([n, number], at) => {
+      kept.set(`${n}/${number}`, decoded[at]);
+      asked.delete(`${n}/${number}`);
+    });
     for (const [key, picture] of kept) {
       if (kept.size <= KEPT_TILES) break;
       kept.delete(key);
@@ -181,8 +188,8 @@ function render({ model, el }) {
     }
     sum.bytes += message.bytes;
     sum.roundTrips += message.roundTrips;
-    const took = asked ? performance.now() - asked : 0;
-    asked = null;
+    // Without a question of this view's own, it was the same viewer in a different cell.
+    const took = performance.now() - (questions.shift() ?? performance.now());
     costs.textContent =
       `${message.places.length} tiles, ${(message.bytes / 1e6).toFixed(1)} MB in ` +
       `${message.roundTrips} round trip${message.roundTrips === 1 ? "" : "s"}: ` +
