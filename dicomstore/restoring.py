@@ -6,6 +6,8 @@ import errno
 import os
 import secrets
 import sys
+import tempfile
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,15 +36,16 @@ def restore(
     """Write the files of `keys` below `folder`; see `DicomStore.restore`."""
     folder.mkdir(parents=True, exist_ok=True)
     root = folder.resolve()
+    folds = folds_case(root)
     written: dict[str, str] = {}
 
     def write(document: Document) -> str:
-        target = file_below(root, document.key)
-        # What a file system without upper and lower case takes for the same name.
-        other = written.setdefault(os.fspath(target).casefold(), document.key)
-        if other != document.key and target.exists() and not overwrite:
+        target, path = file_below(root, document.key), path_of(document.key)
+        name = unicodedata.normalize("NFD", path.casefold()) if folds else path
+        if name in written:
             raise FileExistsError(
-                errno.EEXIST, f"on this file system it has the same name as {shown_path(other)}"
+                errno.EEXIST,
+                f"on this file system it has the same name as {shown_path(written[name])}",
             )
         if not overwrite and os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, "exists; overwrite=True replaces it")
@@ -54,9 +57,16 @@ def restore(
             scratch.replace(target)
         finally:
             scratch.unlink(missing_ok=True)
+        written[name] = path
         return "restored"
 
     return _report(reading, keys, write, "Restoring", shown=shown)
+
+
+def folds_case(folder: Path) -> bool:
+    """Whether a folder's file system takes upper and lower case for the same."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".restore-a") as file:
+        return Path(folder, Path(file.name).name.swapcase()).exists()
 
 
 def verify(

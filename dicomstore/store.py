@@ -541,7 +541,8 @@ class DicomStore:
         if names is None:
             keys = self._versions.keys()
         else:
-            keys = [self._reading.members(name, ("version",))[0] for name in _names(names)]
+            found = (self._reading.members(name, ("version",))[0] for name in _names(names))
+            keys = list(dict.fromkeys(found))
         folder = _folder(under)
         return [key for key in keys if path_of(key).startswith(folder)]
 

@@ -34,7 +34,7 @@ from dicomstore.errors import (
 from dicomstore.imaging.frames import OPTIONS, Frames
 from dicomstore.imaging.header import dataset_start
 from dicomstore.imaging.volume import Instance, Plan, Slice, Volume, needs_dataset, plan_volumes
-from dicomstore.keys import path_of, shown_path
+from dicomstore.keys import DOCUMENT_PREFIX, document_key, path_of, shown_path
 from dicomstore.reading import Reading
 from dicomstore.server.connection import Server
 
@@ -112,9 +112,11 @@ class Viewing:
         return [frames.decode(k, one) for k, one in zip(numbers, stored, strict=True)]
 
     def _fetched(self, name: str, numbers: Sequence[int]) -> tuple[Frames, list[bytes]]:
+        # By key: what an imageName means can change while the file that it meant stays.
+        key = name if name.startswith(DOCUMENT_PREFIX) else document_key(name)
         for _ in range(ATTEMPTS):
             with self._lock:
-                known = self._known.pop(name, None)
+                known = self._known.pop(key, None)
             manifest, frames = known or self._located(name)
             spans = [frames.span(k) for k in numbers]
             try:
@@ -125,7 +127,7 @@ class Viewing:
                     raise
                 continue
             with self._lock:
-                self._known[name] = manifest, frames
+                self._known[manifest.key] = manifest, frames
                 if len(self._known) > REMEMBERED:
                     self._known.popitem(last=False)
             return frames, [frames.stored(k, one) for k, one in zip(numbers, fetched, strict=True)]

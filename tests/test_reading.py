@@ -8,7 +8,9 @@ import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import pydicom
 import pytest
+from conftest import PYDICOM_FILES
 from samples import dicom
 
 from dicomstore import DicomStore, connect
@@ -65,16 +67,18 @@ def test_a_read_is_never_stale(way, kind, server, client):
     DicomStore(client, chunk_size=1000, progress=False).put("a", version(0))
     writer.start()
     seen = set()
-    while writer.is_alive():
-        # One store that remembers the file from every read, and one that looks it up anew.
-        for reader in (store, again if random.random() < 0.5 else fresh(client)):
-            oldest = done.value
-            found = WAYS[way](reader)
-            newest = begun.value
-            number = int.from_bytes(found[-4:], "big")
-            assert found == version(number) and oldest <= number <= newest
-            seen.add(number)
-    writer.join()
+    try:
+        while writer.is_alive():
+            # One store that remembers the file from every read, and one that looks it up anew.
+            for reader in (store, again if random.random() < 0.5 else fresh(client)):
+                oldest = done.value
+                found = WAYS[way](reader)
+                newest = begun.value
+                number = int.from_bytes(found[-4:], "big")
+                assert found == version(number) and oldest <= number <= newest
+                seen.add(number)
+    finally:
+        writer.join()
     assert done.value == 60 and len(seen) > 3
 
 
@@ -83,7 +87,7 @@ def fresh(client):
 
 
 def version(number):
-    """Return a file of many chunks, another for each number."""
+    """Return a file of many chunks, a different one for each number."""
     return dicom(Rows=number, pixels=number.to_bytes(4, "big") * 3000)
 
 
@@ -117,6 +121,21 @@ def test_what_is_remembered_is_not_believed(store, client):
     other.put("y/a", dicom(Rows=5))
     with pytest.raises(AmbiguousNameError):
         store.read("a")
+
+
+def test_frames_are_of_what_the_name_means_now(store):
+    """A frame is of the file that read gives, also when its imageName becomes a path."""
+    one, two = (PYDICOM_FILES / name for name in ("MR_small.dcm", "CT_small.dcm"))
+    store.put("x/a", one.read_bytes())
+    assert (store.frame("a", 0) == pydicom.dcmread(one).pixel_array).all()
+    store.put("a", two.read_bytes())
+    for name in ("a", "file:a"):
+        assert (store.frame(name, 0) == pydicom.dcmread(two).pixel_array).all()
+    store.delete("a")
+    assert (store.frame("a", 0) == pydicom.dcmread(one).pixel_array).all()
+    store.put("a", one.read_bytes(), replace=True)
+    store.put("a", two.read_bytes(), replace=True)
+    assert (store.frame("a", 0) == pydicom.dcmread(two).pixel_array).all()
 
 
 # --- many at once --------------------------------------------------------------------------------
@@ -179,8 +198,8 @@ def test_what_is_lost_among_many_is_mended(sizes, client, folder):
 
 def test_files_that_are_replaced_among_many(client, folder):
     """A file that is replaced between its document and its chunks is given in its new version."""
-    images = fill(folder, 40, 3000)
-    store = DicomStore(client, chunk_size=1000, progress=False)
+    images = fill(folder, 40, 200_000)
+    store = DicomStore(client, chunk_size=65_000, progress=False)
     store.load(folder)
     other, new = fresh(client), dicom(Rows=99, pixels=bytes(9000))
     run = store.read_each(list(images))
