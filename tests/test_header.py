@@ -25,7 +25,7 @@ from pydicom.uid import (
 )
 from samples import PREAMBLE, dicom, element
 
-from dicomstore.catalogue.query import INDEX_FIELDS
+from dicomstore.catalogue.schema import INDEX_FIELDS
 from dicomstore.imaging import header, values
 from dicomstore.imaging.header import HEADER_LIMIT, NUMBER_VRS, SEQUENCE_DEPTH, searchable
 
