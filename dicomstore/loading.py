@@ -248,7 +248,7 @@ class Loader:
         if stored is None or document is None or not 0 < load.size() == document.manifest.size:
             return False
         if document.manifest.chunk_size != self._chunk_size or not self._chunks.has_attachments(
-            document.manifest, stored.attachments
+            document.manifest, stored.attachments, checked=repair
         ):
             return False
         with load.opened() as file:

@@ -114,7 +114,7 @@ class DicomStore:
         if prefetch:
             around = Around(self._reading, self._catalogue, self._prefetcher, prefetch)
             self._tier.on_miss = around.missed
-        self._viewing = Viewing(self._server, self._chunks, self._versions, self._reading)
+        self._viewing = Viewing(self._chunks, self._versions, self._reading)
 
     def __repr__(self) -> str:
         return f"DicomStore(chunk_size={self.chunk_size})"

@@ -26,7 +26,6 @@ from dicomstore.blobs.manifest import (
 from dicomstore.blobs.versions import Versions
 from dicomstore.errors import (
     DamagedError,
-    FrameError,
     MissingChunkError,
     NotDicomError,
     NotStoredError,
@@ -36,12 +35,12 @@ from dicomstore.imaging.header import dataset_start
 from dicomstore.imaging.volume import Instance, Plan, Slice, Volume, needs_dataset, plan_volumes
 from dicomstore.keys import DOCUMENT_PREFIX, document_key, path_of, shown_path
 from dicomstore.reading import Reading
-from dicomstore.server.connection import Server
 
 #: What has to be known of an instance before a frame of it can be fetched and decoded.
 FRAME_MEMBERS = (
     *MANIFEST_MEMBERS,
     "frames",
+    "attachments.frames",
     "transferSyntaxUID",
     *(f"header.{keyword}" for keyword in OPTIONS),
 )
@@ -52,7 +51,9 @@ ATTEMPTS = 20
 
 
 #: What has to be known of an instance before its frames can be slices of a volume.
-VOLUME_MEMBERS = (*STORAGE_MEMBERS, "frames", "transferSyntaxUID", "header")
+VOLUME_MEMBERS = (
+    *STORAGE_MEMBERS, "frames", "attachments.frames", "transferSyntaxUID", "header",
+)  # fmt: skip
 
 
 class _Stored(NamedTuple):
@@ -67,16 +68,12 @@ class Viewing:
 
     Parameters
     ----------
-    server : Server
     chunks : Chunks
     versions : Versions
     reading : Reading
     """
 
-    def __init__(
-        self, server: Server, chunks: Chunks, versions: Versions, reading: Reading
-    ) -> None:
-        self._server = server
+    def __init__(self, chunks: Chunks, versions: Versions, reading: Reading) -> None:
         self._chunks = chunks
         self._versions = versions
         self._reading = reading
@@ -117,9 +114,10 @@ class Viewing:
         for _ in range(ATTEMPTS):
             with self._lock:
                 known = self._known.pop(key, None)
-            manifest, frames = known or self._located(name)
-            spans = [frames.span(k) for k in numbers]
+            manifest, members = (known[0], {}) if known else self._members(name)
             try:
+                frames = known[1] if known else self._frames(manifest, members, _options(members))
+                spans = [frames.span(k) for k in numbers]
                 fetched = self._reading.spans(manifest, spans)
             except (MissingChunkError, DamagedError):
                 # A remembered version may have been replaced: one that was looked up just now not.
@@ -133,29 +131,19 @@ class Viewing:
             return frames, [frames.stored(k, one) for k, one in zip(numbers, fetched, strict=True)]
         raise MissingChunkError(f"{shown_path(name)} is replaced faster than it can be read.")
 
-    def _located(self, name: str) -> tuple[Manifest, Frames]:
-        """Return where the frames of an instance lie."""
+    def _members(self, name: str) -> tuple[Manifest, dict[str, Any]]:
+        """Return an instance's manifest, and what its document says of its frames."""
         key, members = self._reading.members(name, FRAME_MEMBERS, self._reading.mender())
-        manifest = parse_manifest(key, members)
-        attributes = {
-            keyword: members[f"header.{keyword}"]
-            for keyword in OPTIONS
-            if f"header.{keyword}" in members
-        }
-        return manifest, self._frames(manifest, members, attributes)
+        return parse_manifest(key, members), members
 
     def _frames(
         self, manifest: Manifest, members: Mapping[str, Any], attributes: Mapping[str, Any]
     ) -> Frames:
-        key, where, table = manifest.key, members.get("frames"), None
+        """Return where the frames of a version lie."""
+        where, table = members.get("frames"), None
         if Frames.needs_table(where):
-            table = self._server.command("GET", manifest.attachment_key("frames"))
-            if table is None:
-                raise FrameError(
-                    f"Where the frames of {shown_path(key)} lie is gone. Delete the file and load "
-                    "it again."
-                )
-        path = shown_path(path_of(key))
+            table = self._chunks.attachment(manifest, "frames", members.get("attachments.frames"))
+        path = shown_path(path_of(manifest.key))
         return Frames(path, where, attributes, members.get("transferSyntaxUID"), table)
 
     # --- volumes ---
@@ -164,10 +152,11 @@ class Viewing:
         """Return what the instances at `keys` show, each volume as one array."""
         quickly = True
         for _ in range(ATTEMPTS):
-            stored = self._instances(keys)
-            plans = plan_volumes(map(self._instance, stored), split=split)
-            of_path = {one.frames.name: one for one in stored}
+            stored: list[_Stored] = []
             try:
+                stored = self._instances(keys)
+                plans = plan_volumes(map(self._instance, stored), split=split)
+                of_path = {one.frames.name: one for one in stored}
                 return [self._assembled(plan, of_path, quickly=quickly) for plan in plans]
             except (MissingChunkError, DamagedError):
                 if not quickly and all(
@@ -226,6 +215,12 @@ class Viewing:
 
                 list(pool.map(put, coded))
         return plan.volume(array)
+
+
+def _options(members: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the attributes that decoding needs, of what a document says."""
+    found = {keyword: members.get(f"header.{keyword}") for keyword in OPTIONS}
+    return {keyword: value for keyword, value in found.items() if value is not None}
 
 
 class _Place(NamedTuple):

@@ -284,6 +284,7 @@ def test_clients_of_other_settings(server, client, options):
 
 PAGE = Path(__file__).parents[1] / "docs" / "security.md"
 APP, OWNER = re.findall(r"^ACL SETUSER .*$", PAGE.read_text(), re.MULTILINE)
+SEVERAL = (PYDICOM_FILES / "SC_rgb_rle_16bit_2frame.dcm").read_bytes()
 OWNER_ALSO = OWNER.split()[len(APP.split()) :]
 
 
@@ -321,8 +322,12 @@ def whole_run(client, folder, out):
     replaced, server = store.manifest("a.dcm"), Server(client)
     store.put("a.dcm", dicom(Modality="MR"))
     Versions(server, Chunks(server)).set_member(replaced, "thumbnail", [0])
-    store.delete("a.dcm")
-    store.delete("b.dcm")
+    (several := folder.parent / "several.dcm").write_bytes(SEVERAL)
+    store.load(several)
+    assert store.frame("several.dcm", 1).shape == (100, 100, 3)  # reads where its frames lie
+    assert list(store.load(several, repair=True)["status"]) == ["unchanged"]
+    for name in ("a.dcm", "b.dcm", "several.dcm"):
+        store.delete(name)
 
 
 def owners_run(client, folder):

@@ -3,7 +3,9 @@
 import json
 import os
 
+import numpy as np
 import pytest
+from conftest import PYDICOM_FILES
 from samples import dicom
 
 from dicomstore import DicomStore
@@ -177,6 +179,62 @@ def test_what_lies_beside_the_chunks(small, client, folder):
     assert small.load(folder)["status"].tolist() == ["replaced"]
     assert len(everything(client)) == before and small.read("a") == IMAGE
     assert small.load(folder)["status"].tolist() == ["unchanged"]
+
+
+@pytest.fixture
+def several(client, tmp_path):
+    """A store with one file of two encapsulated frames, and that file."""
+    file = tmp_path / "several"
+    file.write_bytes((PYDICOM_FILES / "SC_rgb_rle_16bit_2frame.dcm").read_bytes())
+    store = DicomStore(client, progress=False)
+    store.load(file)
+    return store, file
+
+
+@pytest.mark.parametrize("name", ["json", "frames"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_beside_the_chunks(name, damage, several, client):
+    """repair=True also mends a damaged data set as JSON, and the table of where frames lie."""
+    store, file = several
+    key = store.manifest("several").attachment_key(name)
+    sound = client.get(key)
+    client.set(key, DAMAGE[damage](sound))
+    assert store.load(file)["status"].tolist() == ["unchanged"]
+    assert store.load(file, repair=True)["status"].tolist() == ["replaced"]
+    assert client.get(store.manifest("several").attachment_key(name)) == sound
+    assert store.load(file, repair=True)["status"].tolist() == ["unchanged"]
+    assert len(store.sweep()) == 0
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, "gone"])
+def test_a_frame_is_never_cut_where_a_damaged_table_says(damage, several, client):
+    """Where the table is gone or damaged, its key is named, and how to mend it."""
+    store, _ = several
+    key = store.manifest("several").attachment_key("frames")
+    table = client.get(key)
+    client.delete(key)
+    if damage in DAMAGE:
+        client.set(key, DAMAGE[damage](table))
+    expected = DamagedError if damage in DAMAGE else MissingChunkError
+    for action in (lambda: store.frame("several", 1), lambda: store.volume(["several"])):
+        with pytest.raises(expected, match=f"{key}.*repair=True"):
+            action()
+
+
+def test_a_frame_of_a_file_that_is_replaced_meanwhile(several, client, monkeypatch):
+    """If the table is gone because the file was replaced, the frame comes from the new version."""
+    store, file = several
+    expected, attachment, replaced = store.frame("several", 1), Chunks.attachment, []
+    other = DicomStore(client, chunk_size=1000, progress=False)
+
+    def too_late(self, *arguments):
+        if not replaced:
+            replaced.append(other.load(file))
+        return attachment(self, *arguments)
+
+    monkeypatch.setattr(Chunks, "attachment", too_late)
+    found = DicomStore(client, progress=False).frame("several", 1)
+    assert np.array_equal(found, expected) and replaced[0]["status"].tolist() == ["replaced"]
 
 
 @pytest.mark.parametrize("value", [5, "json", ["json"], {"x": 1, "json": 1}, None], ids=str)

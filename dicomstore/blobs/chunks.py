@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from blake3 import blake3
@@ -103,11 +103,42 @@ class Chunks:
         """Return the commands that store what lies beside the chunks of a version."""
         return [("SET", manifest.attachment_key(name), text) for name, text in attachments.items()]
 
-    def has_attachments(self, manifest: Manifest, names: Collection[str]) -> bool:
-        """Whether these strings lie beside the chunks of a version."""
-        keys = [manifest.attachment_key(name) for name in names]
-        replies = self._server.commands(self._server.for_keys("EXISTS", keys))
-        return bool(sum(replies) == len(keys))
+    def has_attachments(
+        self, manifest: Manifest, crcs: Mapping[str, Any], *, checked: bool
+    ) -> bool:
+        """Whether these strings lie beside the chunks of a version.
+
+        Parameters
+        ----------
+        manifest : Manifest
+        crcs : mapping
+            The CRC-32 of each by its name, as the document has it.
+        checked : bool
+            Whether their CRC-32 are compared.
+        """
+        keys = [manifest.attachment_key(name) for name in crcs]
+        if not checked:
+            replies = self._server.commands(self._server.for_keys("EXISTS", keys))
+            return bool(sum(replies) == len(keys))
+        replies = self._server.commands(self._server.for_keys("MGET", keys))
+        texts = itertools.chain.from_iterable(replies)
+        return [text and crc32(text) for text in texts] == list(crcs.values())
+
+    def attachment(self, manifest: Manifest, name: str, crc: Any) -> bytes:
+        """Return a string that lies beside the chunks of a version, of this CRC-32.
+
+        Raises
+        ------
+        MissingChunkError, DamagedError
+            If it is gone, or does not have this CRC-32.
+        """
+        key = manifest.attachment_key(name)
+        text: bytes | None = self._server.command("MGET", key)[0]
+        if text is None:
+            raise MissingChunkError.of([key])
+        if crc32(text) != crc:
+            raise DamagedError.of(key)
+        return text
 
     def put_back(self, manifest: Manifest, chunks: Mapping[int, bytes]) -> None:
         """Store some chunks of a version again."""

@@ -58,10 +58,11 @@ class Stored(NamedTuple):
     members: Mapping[str, Any]
 
     @property
-    def attachments(self) -> list[str]:
-        """The names of what lies beside the chunks."""
-        named = self.members.get("attachments")
-        return [name for name in ATTACHMENTS if isinstance(named, dict) and name in named]
+    def attachments(self) -> dict[str, Any]:
+        """What lies beside the chunks: the CRC-32 of each by its name, unless edited."""
+        crcs = self.members.get("attachments")
+        named = crcs if isinstance(crcs, dict) else {}
+        return {name: named[name] for name in ATTACHMENTS if name in named}
 
 
 @dataclass
@@ -276,7 +277,7 @@ class Versions:
             (manifest.size, manifest.chunk_size) == (new.size, new.chunk_size)
             and document.crc == write.members["crc"]
             and self._chunks.missing([manifest]) == [0]
-            and self._chunks.has_attachments(manifest, stored.attachments)
+            and self._chunks.has_attachments(manifest, stored.attachments, checked=True)
         )
 
     def _take_back(self, manifest: Manifest) -> str:
