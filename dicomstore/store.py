@@ -20,7 +20,13 @@ from dicomstore.blobs.reader import CACHE_BYTES, ChunkReader
 from dicomstore.blobs.sweeping import sweep
 from dicomstore.blobs.versions import Versions
 from dicomstore.catalogue.index import Catalogue
-from dicomstore.errors import NotDicomError, NoThumbnailError, NotStoredError, SearchError
+from dicomstore.errors import (
+    DamagedError,
+    NotDicomError,
+    NoThumbnailError,
+    NotStoredError,
+    SearchError,
+)
 from dicomstore.imaging import describing, thumbnail
 from dicomstore.keys import checked_path, path_of, shown_path
 from dicomstore.loading import Load, Loader, walk
@@ -736,8 +742,9 @@ class DicomStore:
 
         Raises
         ------
-        NoThumbnailError
-            If the stored file has no pixels or none that could be decoded.
+        NoThumbnailError, DamagedError
+            If the stored file has no pixels or none that could be decoded, or its document was
+            edited.
         NotStoredError, AmbiguousNameError
             If the name is not that of one stored file.
         ValueError
@@ -755,6 +762,11 @@ class DicomStore:
                     "without that)."
                 )
             wanted = members["thumbnail"]
+            if not thumbnail.is_sound(wanted):
+                raise DamagedError(
+                    f"The thumbnail in {shown_path(own_key)} is damaged. Delete the file and load "
+                    "it again."
+                )
         else:
             wanted = thumbnail.of_array(image)
         return self._catalogue.similar(

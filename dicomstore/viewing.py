@@ -30,7 +30,7 @@ from dicomstore.errors import (
     NotDicomError,
     NotStoredError,
 )
-from dicomstore.imaging.frames import OPTIONS, Frames
+from dicomstore.imaging.frames import OPTIONS, Frames, is_sound
 from dicomstore.imaging.header import dataset_start
 from dicomstore.imaging.volume import Instance, Plan, Slice, Volume, needs_dataset, plan_volumes
 from dicomstore.keys import DOCUMENT_PREFIX, document_key, path_of, shown_path
@@ -140,11 +140,17 @@ class Viewing:
         self, manifest: Manifest, members: Mapping[str, Any], attributes: Mapping[str, Any]
     ) -> Frames:
         """Return where the frames of a version lie."""
-        where, table = members.get("frames"), None
+        where, syntax, table = members.get("frames"), members.get("transferSyntaxUID"), None
+        sound = isinstance(attributes, dict) and isinstance(syntax, str | None)
+        if not sound or not is_sound(where, manifest.size):
+            raise DamagedError(
+                f"The document {shown_path(manifest.key)} is damaged: its frames, header and "
+                "transferSyntaxUID cannot be used. Delete the file and load it again."
+            )
         if Frames.needs_table(where):
             table = self._chunks.attachment(manifest, "frames", members.get("attachments.frames"))
         path = shown_path(path_of(manifest.key))
-        return Frames(path, where, attributes, members.get("transferSyntaxUID"), table)
+        return Frames(path, where, attributes, syntax, table)
 
     # --- volumes ---
 
@@ -195,8 +201,9 @@ class Viewing:
         coded: list[tuple[int, Slice]] = []
         for n, one in enumerate(plan.slices):
             frames = of_path[one.path].frames
-            if quickly and "start" in (frames.member or {}) and frames.span(one.frame):
-                span = frames.span(one.frame)
+            span = frames.span(one.frame)
+            fits = span.length == array[n].size * one.stored.itemsize
+            if quickly and fits and "start" in (frames.member or {}):
                 native.setdefault(one.path, []).append(_Place(n, span.offset, span.length))
             else:
                 coded.append((n, one))

@@ -344,6 +344,58 @@ def test_edited_checksums(stored, client, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+#: Members that only frames, volumes or thumbnails are made of.
+VIEWS = {
+    "frames": [
+        5, "x", [], {}, {"count": "a", "span": 3}, {"count": 1, "span": [0, 10**15]},
+        {"count": 1, "span": [-100, -5]}, {"count": 10**15, "span": [0, 100]}, {"fault": 5},
+        {"count": 3, "start": -5, "bits": -8}, {"count": 3, "start": 0, "bits": 10**15},
+        {"count": 3, "start": 10**15, "bits": 80}, {"count": True, "start": 0, "bits": 8},
+        {"count": 1, "start": 1.5, "bits": 8}, {"count": 1, "start": 0, "bits": "8"},
+    ],
+    "header": [5, "x", [1]],
+    "transferSyntaxUID": [5, ["1.2"], {}],
+    "thumbnail": [5, "x", [], [1, 2], [300] * 64, [0.5] * 64, ["x"] * 64, {"x": 1}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["CT_small.dcm", "SC_rgb_rle_16bit_2frame.dcm"])
+@pytest.mark.parametrize("member", VIEWS)
+def test_an_edited_view(member, name, store, client):
+    """Odd frames, headers or thumbnails in a document are told in one sentence, and fast."""
+    store.load(PYDICOM_FILES / name)
+    actions = {
+        "header": [lambda: store.volume([name])],
+        "thumbnail": [lambda: store.similar(name)],
+    }.get(member, [lambda: store.frame(name, 0), lambda: store.volume([name])])
+    for value in VIEWS[member]:
+        client.execute_command("JSON.SET", f"file:{name}", f"$.{member}", json.dumps(value))
+        for action in actions:
+            with pytest.raises(DamagedError, match=f"{name}.*Delete the file and load it again"):
+                action()
+    store.read(name)
+    store.delete(name)
+    store.load(PYDICOM_FILES / name)
+    assert store.frame(name, 0).size and store.similar(name).empty
+
+
+@pytest.mark.filterwarnings("ignore:The number of bytes of pixel data")
+@pytest.mark.parametrize("value", [None, "x", -1, 64, 10**12, 1.5, [1, 2], {"x": 1}, True], ids=str)
+@pytest.mark.parametrize("keyword", [
+    "Rows", "Columns", "BitsAllocated", "BitsStored", "SamplesPerPixel", "PixelRepresentation",
+    "PhotometricInterpretation", "PlanarConfiguration", "ImagePositionPatient",
+    "ImageOrientationPatient", "PixelSpacing", "RescaleSlope", "RescaleIntercept",
+])  # fmt: skip
+def test_an_edited_header(keyword, value, store, client):
+    """A header that was edited gives an image or an error of ours; it ends no program."""
+    store.load(PYDICOM_FILES / "CT_small.dcm")
+    path = f"$.header.{keyword}"
+    client.execute_command("JSON.SET", "file:CT_small.dcm", path, json.dumps(value))
+    for action in (lambda: store.frame("CT_small.dcm", 0), lambda: store.volume(["CT_small.dcm"])):
+        with contextlib.suppress(DicomRedisError):
+            action()
+
+
 DAMAGE = {
     "truncated": lambda chunk: chunk[:-1],
     "emptied": lambda chunk: b"",

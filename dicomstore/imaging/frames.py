@@ -303,6 +303,34 @@ def _packed(offsets: Offsets) -> bytes:
     return zlib.compress(planes.tobytes())
 
 
+def is_sound(member: Any, size: int) -> bool:
+    """Whether a document's member is of the form that `locate` makes.
+
+    Parameters
+    ----------
+    member : Any
+        None where the document has none.
+    size : int
+        The file's, in bytes.
+    """
+    if not isinstance(member, dict):
+        return member is None
+    if "fault" in member:
+        return isinstance(member["fault"], str)
+    count = _natural(member.get("count"))
+    if "bits" in member:
+        start, bits = _natural(member.get("start")), _natural(member["bits"])
+        return min(count, bits) > 0 <= start and 8 * start + bits * count <= 8 * size
+    span = member.get("span")
+    first, last = map(_natural, span) if isinstance(span, list) and len(span) == 2 else (-1, -1)
+    return count > 0 <= first and first + 8 * count <= last <= size
+
+
+def _natural(value: Any) -> int:
+    """Return a number from 0 on, -1 for anything else."""
+    return value if type(value) is int and value >= 0 else -1
+
+
 # --- when a frame is read ------------------------------------------------------------------------
 
 

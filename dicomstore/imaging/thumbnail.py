@@ -25,6 +25,14 @@ LONGEST_SIDE = 512
 LUMINANCE = (0.299, 0.587, 0.114)
 
 
+def is_sound(value: Any) -> bool:
+    """Whether a document's member is a thumbnail, as the functions below return it."""
+    levels = value if isinstance(value, list) else []
+    return len(levels) == DIMENSIONS and all(
+        isinstance(level, int) and 0 <= level <= 255 for level in levels
+    )
+
+
 def of_file(file: BinaryIO, members: Mapping[str, Any]) -> list[int] | None:
     """Return the thumbnail of a DICOM file's middle frame; only that frame is decoded.
 

@@ -179,7 +179,12 @@ class Plan:
 
     def empty(self) -> NDArray[Any]:
         """Return the array that the slices are put into."""
-        return np.empty(self.shape, self.dtype)
+        try:
+            return np.empty(self.shape, self.dtype)
+        except (MemoryError, ValueError) as error:  # more than there is, or than can be counted
+            raise VolumeError(
+                f"A volume of {' x '.join(map(str, self.shape))} values does not fit into memory."
+            ) from error
 
     def room(self, array: NDArray[Any], n: int) -> NDArray[Any]:
         """Return a contiguous array for the bytes of slice `n`, uncompressed as they are stored.
