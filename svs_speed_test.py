@@ -24,7 +24,8 @@ from blake3 import blake3
 
 from dicomstore import DicomStore
 from dicomstore.blobs.manifest import BATCH_BYTES, DEFAULT_CHUNK_SIZE
-from dicomstore.blobs.wire import ChunkStream, complete, fresh_buffer
+from dicomstore.blobs.memory import fresh_buffer
+from dicomstore.blobs.wire import ChunkStream, complete
 from dicomstore.errors import DicomRedisError, NotStoredError
 from dicomstore.imaging import slide
 from dicomstore.keys import document_key

@@ -31,7 +31,8 @@ import svs_speed_test as speed  # noqa: E402 - the project is not installed, but
 from demo.slide import write_sample_slide  # noqa: E402
 from dicomstore import DicomStore, connect  # noqa: E402
 from dicomstore.blobs.manifest import DEFAULT_CHUNK_SIZE, Manifest  # noqa: E402
-from dicomstore.blobs.wire import ChunkStream, complete, fresh_buffer  # noqa: E402
+from dicomstore.blobs.memory import fresh_buffer  # noqa: E402
+from dicomstore.blobs.wire import ChunkStream, complete  # noqa: E402
 from dicomstore.server.embedded import BUILD_FOLDER, RedisServer  # noqa: E402
 
 MIB = 1024 * 1024

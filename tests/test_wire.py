@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dicomstore.blobs import wire
+from dicomstore.blobs.memory import POPULATE_BYTES, fresh_buffer
 from dicomstore.blobs.protocol import READ_BYTES, Answer, Chunk, ChunkProtocol, mget_steps
 from dicomstore.blobs.wire import ChunkStream
 from dicomstore.errors import (
@@ -389,7 +390,7 @@ def test_copy(client: redis.Redis, stored: Any) -> None:
 
     async def work(crcs: Sequence[int] | None) -> None:
         async with ChunkStream(client) as stream:
-            await stream.copy(chunks, write, crcs=crcs, window=500_000)
+            await stream.copy(chunks, write, crcs=crcs)
 
     in_own_loop(work(None))
     assert written == data and largest == max(SIZES)
@@ -409,7 +410,7 @@ def test_copy_ends_with_the_error_of_its_writer(client: redis.Redis, stored: Any
 
     async def work() -> None:
         async with ChunkStream(client) as stream:
-            await stream.copy(stored[0], write, window=500_000)
+            await stream.copy(stored[0], write)
 
     with pytest.raises(OSError, match="disk full"):
         in_own_loop(work())
@@ -430,7 +431,7 @@ def test_failed_copy_waits_for_its_writer(client: redis.Redis, stored: Any) -> N
             asyncio.get_running_loop().call_later(0.1, go_on.set)
             with pytest.raises(MissingChunkError):
                 missing = (b"chunk:none", 1)
-                await stream.copy([*chunks[:100], missing], write, window=100 * 30_720)
+                await stream.copy([*chunks[:100], missing], write)
             assert ended
 
     in_own_loop(work())
@@ -751,8 +752,7 @@ def test_server_killed_in_mid_transfer(way: str) -> None:
 
         async def work() -> None:
             async with ChunkStream(client, timeout=5) as stream:
-                options = {"window": 1_000_000} if way == "copy" else {}
-                await getattr(stream, way)(chunks, pass_on, **options)
+                await getattr(stream, way)(chunks, pass_on)
 
         store(client, chunks, data)
         with pytest.raises(ServerError, match=r"a connection was (closed|lost)"):
@@ -875,10 +875,10 @@ def test_interrupt(inside: bool) -> None:
     assert ended
 
 
-@pytest.mark.parametrize("size", [0, 1, 5_000, wire.POPULATE_BYTES * 2 + 5])
+@pytest.mark.parametrize("size", [0, 1, 5_000, POPULATE_BYTES * 2 + 5])
 def test_fresh_buffer(size: int) -> None:
     """It is a writable buffer of zeros, of just this size, and populating it changes nothing."""
-    buffer = wire.fresh_buffer(size)
+    buffer = fresh_buffer(size)
     assert len(buffer) == size and not buffer.readonly
     buffer[: size // 2] = b"x" * (size // 2)
     for thread in threading.enumerate():

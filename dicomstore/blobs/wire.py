@@ -8,11 +8,7 @@ moves as many chunks in one *request* as make about half a MiB, with several req
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
 import functools
-import itertools
-import mmap
 import queue
 import threading
 from collections import deque
@@ -24,6 +20,7 @@ import redis
 import redis.asyncio
 from imagecodecs import deflate_crc32
 
+from dicomstore.blobs.memory import fresh_buffer
 from dicomstore.blobs.protocol import (
     NO_PAYLOAD,
     Answer,
@@ -39,18 +36,15 @@ from dicomstore.blobs.protocol import (
 from dicomstore.errors import DamagedError, DicomRedisError, ServerError
 from dicomstore.server.connection import our_error
 
-Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
 REQUEST_BYTES = 1 << 20  # payload of one request: one MGET, or several SETs
 REQUEST_CHUNKS = 1024  # as many as os.preadv takes in one call
 REQUESTS = 16  # under way at a time, on all connections: either side holds so much in memory
 SCRATCH_BYTES = 32 << 10
-WINDOW_BYTES = 16 << 20  # what copy() passes on at a time
+WAITING = 8  # requests whose bytes copy() holds until they are passed on, beside those under way
 CONNECTING = 64  # connections opened at a time: the usual listen backlog is 511
 OTHER_FILES = 128  # open files that the process may need beside the connections
-POPULATE_BYTES = 16 << 20
-MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it
 
 #: Four times as fast as zlib's, which would take longer than the transfer.
 crc32: Callable[[Any], int] = deflate_crc32
@@ -166,11 +160,7 @@ class ChunkStream:
         options = self._options
         address = host = options.get("host") or "localhost"
         port = int(options.get("port") or 6379)
-        user, password = options.get("username"), options.get("password") or ""
-        request, reply = command("PING"), b"+PONG\r\n"
-        if user or password:
-            login = (user, password) if user else (password,)
-            request, reply = command("AUTH", *login), b"+OK\r\n"
+        request, reply = _greeting(options.get("username"), options.get("password") or "")
         tls: dict[str, Any] = {}
         if self._class is redis.SSLConnection:
             of_tls = {k: v for k, v in options.items() if k.startswith("ssl_") and "ocsp" not in k}
@@ -235,41 +225,25 @@ class ChunkStream:
         self, chunks: Sequence[Chunk], view: memoryview, crcs: Sequence[int] | None
     ) -> None:
         loop = asyncio.get_running_loop()
-        received = loop.create_future()
-        checks: list[asyncio.Future[None]] = []
         share = -(-len(chunks) // (2 * self._count))
-        parts = _cut(chunks, self._request_bytes, min(REQUEST_CHUNKS, share))
-        idle = deque(self._connections * 2)
-        under_way = 0
+        parts = list(_cut(chunks, self._request_bytes, min(REQUEST_CHUNKS, share)))
+        checks: list[asyncio.Future[None]] = []
+        received = loop.create_future()
+        left = len(parts)
 
-        def ask_next() -> None:
-            """Ask for the next part on the connection that has waited longest."""
-            nonlocal under_way
-            part = next(parts, None)
-            if part is None:
-                if not under_way and not received.done():
-                    received.set_result(None)
-                return
-            first, last, begin, end = part
-            asked, region, connection = chunks[first:last], view[begin:end], idle.popleft()
+        def arrived(part: Part, region: memoryview) -> None:
+            nonlocal left
+            if crcs is not None:
+                checks.append(loop.run_in_executor(None, _check, chunks, crcs, part, region))
+            left -= 1
+            if not left:
+                received.set_result(None)
 
-            def done() -> None:
-                nonlocal under_way
-                under_way -= 1
-                idle.append(connection)
-                if crcs is not None:
-                    check = loop.run_in_executor(None, _check, asked, region, crcs[first:last])
-                    checks.append(check)
-                ask_next()
-
-            under_way += 1
-            request = command("MGET", *(key for key, _ in asked))
-            connection.ask(request, Answer(mget_steps(asked), region, done))
-
-        for _ in range(min(self._requests, len(idle))):
-            ask_next()
+        regions = deque(view[part.begin : part.end] for part in parts)
+        _asker(self._connections * 2, self._requests, chunks, parts, regions, arrived)()
         try:
-            await received
+            if parts:
+                await received
         finally:
             outcomes = await asyncio.gather(*checks, return_exceptions=True)
         for outcome in filter(None, outcomes):
@@ -281,7 +255,6 @@ class ChunkStream:
         write: Callable[[memoryview], object],
         *,
         crcs: Sequence[int] | None = None,
-        window: int = WINDOW_BYTES,
     ) -> None:
         """Pass the bytes of chunks on, in order and piece by piece, in little memory.
 
@@ -290,24 +263,44 @@ class ChunkStream:
         chunks, crcs
             As for `fetch`. A chunk is checked before its bytes are passed on.
         write : callable
-            Called in a thread with each piece, while the next one is received. The view is valid
-            until it returns.
-        window : int, optional
-            How many bytes a piece has at most, and one chunk at least. Two pieces are in memory.
+            Called in a thread with the bytes of one request, while others are received. The view
+            is valid until it returns.
         """
-        parts = list(_cut(chunks, window, len(chunks)))
+        await self._watch(self._copy(chunks, write, crcs))
+
+    async def _copy(
+        self,
+        chunks: Sequence[Chunk],
+        write: Callable[[memoryview], object],
+        crcs: Sequence[int] | None,
+    ) -> None:
+        parts = list(_cut(chunks, self._request_bytes, REQUEST_CHUNKS))
         size = max((part.end - part.begin for part in parts), default=0)
-        buffers = itertools.cycle([memoryview(bytearray(size)) for _ in parts[:2]])
-        written: asyncio.Task[object] = asyncio.create_task(asyncio.sleep(0))
-        try:
-            for (first, last, begin, end), buffer in zip(parts, buffers, strict=False):
-                view = buffer[: end - begin]
-                await self.fetch(chunks[first:last], view, crcs=crcs and crcs[first:last])
-                await written
-                written = asyncio.create_task(_in_thread(write, view))
-            await written
-        finally:
-            await asyncio.gather(written, return_exceptions=True)
+        count = min(self._requests + WAITING, len(parts))
+        memory = fresh_buffer(count * size)
+        free = deque(memory[n * size : (n + 1) * size] for n in range(count))
+        loop = asyncio.get_running_loop()
+        whole = {part: loop.create_future() for part in parts}
+
+        def pass_on(part: Part, region: memoryview) -> None:
+            if crcs is not None:
+                _check(chunks, crcs, part, region)
+            write(region)
+
+        ask = _asker(
+            self._connections * 2,
+            self._requests,
+            chunks,
+            parts,
+            free,
+            lambda part, buffer: whole[part].set_result(buffer),
+        )
+        ask()
+        for part, arrival in whole.items():
+            buffer = await arrival
+            await _in_thread(pass_on, part, buffer[: part.end - part.begin])
+            free.append(buffer)
+            ask()
 
     # --- in ---
 
@@ -383,6 +376,52 @@ class ChunkStream:
             await asyncio.gather(reading, return_exceptions=True)
 
 
+def _asker(
+    connections: Sequence[ChunkProtocol],
+    requests: int,
+    chunks: Sequence[Chunk],
+    parts: Sequence[Part],
+    buffers: deque[memoryview],
+    arrived: Callable[[Part, memoryview], None],
+) -> Callable[[], None]:
+    """Return what asks for the next parts, as long as there are buffers for them.
+
+    It takes buffers from the left; `arrived` gets each back with the part that is in it.
+    """
+    waiting = deque(parts)
+    idle = deque(connections)
+    under_way = 0
+
+    def ask() -> None:
+        nonlocal under_way
+        while waiting and buffers and under_way < min(requests, len(connections)):
+            part, buffer = waiting.popleft(), buffers.popleft()
+            connection = idle.popleft()  # the one that has waited longest
+            under_way += 1
+            asked = chunks[part.first : part.last]
+            region = buffer[: part.end - part.begin]
+            done = functools.partial(received, part, buffer, connection)
+            request = command("MGET", *(key for key, _ in asked))
+            connection.ask(request, Answer(mget_steps(asked), region, done))
+
+    def received(part: Part, buffer: memoryview, connection: ChunkProtocol) -> None:
+        nonlocal under_way
+        under_way -= 1
+        idle.append(connection)
+        arrived(part, buffer)
+        ask()
+
+    return ask
+
+
+def _greeting(user: str | None, password: str) -> tuple[bytes, bytes]:
+    """Return the first request of a connection, and the answer to it."""
+    if not user and not password:
+        return command("PING"), b"+PONG\r\n"
+    login = (user, password) if user else (password,)
+    return command("AUTH", *login), b"+OK\r\n"
+
+
 def _cut(chunks: Sequence[Chunk], size: int, count: int) -> Iterator[Part]:
     """Cut chunks into parts of at most `size` bytes and `count` chunks, but at least one chunk."""
     first = begin = end = 0
@@ -395,18 +434,19 @@ def _cut(chunks: Sequence[Chunk], size: int, count: int) -> Iterator[Part]:
         yield Part(first, len(chunks), begin, end)
 
 
-def _check(chunks: Sequence[Chunk], region: memoryview, crcs: Sequence[int]) -> None:
-    """Compare the CRC-32 of chunks that lie one after the other in `region`."""
+def _check(chunks: Sequence[Chunk], crcs: Sequence[int], part: Part, region: memoryview) -> None:
+    """Compare the CRC-32 of the chunks of `part`, which lie one after the other in `region`."""
     at = 0
-    for (key, length), expected in zip(chunks, crcs, strict=True):
-        if crc32(region[at : at + length]) != expected:
+    for number in range(part.first, part.last):
+        key, length = chunks[number]
+        if crc32(region[at : at + length]) != crcs[number]:
             raise DamagedError.of(as_text(key))
         at += length
 
 
-async def _in_thread(function: Callable[[Argument], Result], argument: Argument) -> Result:
+async def _in_thread(function: Callable[..., Result], *arguments: Any) -> Result:
     """Call `function` in a thread; a cancellation waits for it: it uses the caller's file."""
-    call = asyncio.get_running_loop().run_in_executor(None, function, argument)
+    call = asyncio.get_running_loop().run_in_executor(None, function, *arguments)
     try:
         return await asyncio.shield(call)
     finally:
@@ -464,28 +504,3 @@ def complete(coroutine: Coroutine[Any, Any, Result]) -> Result:
                 raise
     finally:
         loop.close()
-
-
-def fresh_buffer(size: int) -> memoryview:
-    """Return `size` writable bytes, all zero, that are faster to fill than a new bytearray.
-
-    The page faults of fresh memory cost about as much time as the transfer. So this memory is in
-    huge pages, which a thread has the kernel provide ahead of the transfer, where it can.
-    """
-    if size < POPULATE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return memoryview(bytearray(size))
-    memory = mmap.mmap(-1, size)
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    threading.Thread(target=_populate, args=(memory,), name="populate", daemon=True).start()
-    return memoryview(memory)
-
-
-def _populate(memory: mmap.mmap) -> None:
-    """Have the kernel provide pages, as far as it can; mmap.madvise would keep the GIL."""
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    for at in range(0, len(memory), POPULATE_BYTES):
-        if madvise(start + at, min(POPULATE_BYTES, len(memory) - at), MADV_POPULATE_WRITE):
-            return
