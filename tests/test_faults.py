@@ -4,7 +4,10 @@ import faults
 import pytest
 
 
-@pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda fault: fault.__name__)
+BRIEF = [fault for fault, (count, _) in faults.FAULTS.items() if count]
+
+
+@pytest.mark.parametrize("fault", BRIEF, ids=lambda fault: fault.__name__)
 def test_fault(fault):
     """Nothing torn, nothing lost: what the fault's own checks hold, at a small count."""
     assert fault(faults.FAULTS[fault][0])
