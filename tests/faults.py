@@ -25,9 +25,9 @@ from dicomstore.server.embedded import RedisServer
 REPORT = Path(__file__).parent.parent / "benchmarks" / "faults.md"
 
 NOT_RUN = (
-    "Not run: power cuts, nodes on several machines, networks that split, and searches on a cluster "
-    "(this build has no coordinator). Redis 8 takes the same tests with `TEST_REDIS_HOME`; this run "
-    "is of the version above."
+    "Not run: power cuts, nodes on several machines, networks that split, and searches on a "
+    "cluster, for which this build has no coordinator. `TEST_REDIS_HOME` points the test suite at "
+    "the files of another build; this run did not."
 )
 
 #: Each fault, how often in the test suite, and how often in the long run (seconds: `slot_moves`).

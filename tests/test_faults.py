@@ -3,7 +3,6 @@
 import faults
 import pytest
 
-
 BRIEF = [fault for fault, (count, _) in faults.FAULTS.items() if count]
 
 
