@@ -279,6 +279,38 @@ def test_answers_follow_the_store(server, client, store):
         assert found["00080018"]["Value"] == ["1.4.2"]
 
 
+def test_only_the_latest_studies_are_looked_at(store, monkeypatch):
+    """Of many instances only the latest are grouped; every page is as if all had been."""
+    from tests.samples import dicom
+
+    days = [None, "20200101", "20200101", "20191231", "20191215", "20150601", "19990101", None]
+    for number in range(16):
+        store.put(f"{number}.dcm", dicom(
+            StudyInstanceUID=f"1.2.{number % 8}", SeriesInstanceUID=f"1.3.{number}",
+            SOPInstanceUID=f"1.4.{number}", Modality="CT" if number < 8 else "PT",
+            **{"StudyDate": days[number % 8]} if days[number % 8] else {},
+        ))  # fmt: skip
+    store.put("no_series.dcm", dicom(StudyInstanceUID="1.2.99", SOPInstanceUID="1.4.99"))
+    with serving(store) as address:
+        web = DICOMwebClient(address)
+        whole = web.search_for_studies()
+        names = [one["0020000D"]["Value"][0][-1] for one in whole]
+        assert names == ["1", "2", "3", "4", "5", "6", "0", "7"]
+        for one in whole:
+            assert one["00080061"]["Value"] == ["CT", "PT"]
+            assert (one["00201206"]["Value"], one["00201208"]["Value"]) == ([2], [2])
+        monkeypatch.setattr("dicomstore.web.searching.GROUPED", 0)
+        for offset in range(9):
+            for limit in range(1, 9):
+                found = web.search_for_studies(limit=limit, offset=offset)
+                assert found == whole[offset : offset + limit]
+        told = [get(address, f"/studies?limit={n}")[1].get("Warning", "") for n in (2, 7, 8)]
+        assert "There are additional" in told[0] and "There are 1 additional" in told[1]
+        assert not told[2]
+        old = web.search_for_studies(limit=2, search_filters={"StudyDate": "-20180101"})
+        assert old == whole[4:6]
+
+
 # --- WADO-RS -------------------------------------------------------------------------------------
 
 

@@ -20,8 +20,8 @@ INDEX = "file:idx"
 #: An index of ours: the hash of its schema, then what makes it differ from one that was dropped.
 INDEX_NAME = re.compile(rf"{INDEX}:([0-9a-f]{{12}}):[0-9a-f]{{12}}")
 
-#: The indexed fields and their types; all but the UIDs and names can be sorted and grouped by
-#: without reading the documents.
+#: The indexed fields and their types; all but names and the instance's UID can be sorted and
+#: grouped by without reading the documents.
 INDEX_FIELDS = {
     "imageName": "TAG",
     "folders": "TAG",
@@ -29,14 +29,7 @@ INDEX_FIELDS = {
     **{name: indexed.type for name, indexed in header.FIELDS.items()},
     **slide.FIELDS,
 }
-UNSORTED_FIELDS = {
-    "imageName",
-    "folders",
-    "studyInstanceUID",
-    "seriesInstanceUID",
-    "sopInstanceUID",
-    "dimensions",
-}
+UNSORTED_FIELDS = {"imageName", "folders", "sopInstanceUID", "dimensions"}
 DATE_FIELDS = {"studyDate"}
 #: Fields whose words can be searched; their TEXT twins in the index have this ending.
 WORD_FIELDS = ("protocolName", "studyDescription", "seriesDescription", "bodyPartExamined")

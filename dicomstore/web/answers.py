@@ -133,8 +133,9 @@ async def search(services: Services, scope: Scope) -> Answered:
     for one in found:
         one["00081190"] = {"vr": "UR", "Value": [_url(base, one)]}
     warnings = list(wanted.warnings)
-    if more:
-        warnings.append(f"There are {more} additional results that can be requested.")
+    if more != 0:
+        number = "" if more is None else f"{more} "
+        warnings.append(f"There are {number}additional results that can be requested.")
     headers = [(b"warning", f'299 dicomstore "{text}"'.encode()) for text in warnings]
     return Answered(200, JSON, reading.dumped(found), headers)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Sequence
+from datetime import date, timedelta
 from typing import Any
 
 import redis
@@ -21,6 +22,14 @@ from dicomstore.web.matching import INSTANCE, MOST_VALUES, SERIES, STUDY, UIDS, 
 REMEMBERED = 64
 #: An answer of more rows is not.
 REMEMBERED_ROWS = 20_000
+#: Where more instances than this fit, only those of the latest days are grouped into studies.
+GROUPED = 20_000
+#: So many days at first; then twice as many, until there are studies enough.
+FIRST_DAYS = 8
+#: A date before any study's.
+EARLIEST = date(1950, 1, 1)
+
+OPTIONS = ("TIMEOUT", str(SEARCH_TIMEOUT_MS), "DIALECT", "2")
 
 Row = dict[bytes, Any]
 
@@ -41,6 +50,7 @@ class Searching:
         self._fetching = fetching
         self._remembered: OrderedDict[Command, list[Row]] = OrderedDict()
         self._state: Any = None
+        self._latest: date | None = None
 
     async def keys(self, uids: dict[str, str]) -> list[tuple[str, str]]:
         """Return SOP Instance UID and key of instances, in order of their paths.
@@ -56,14 +66,14 @@ class Searching:
             found.setdefault(row[b"sopInstanceUID"].decode(), os.fsdecode(row[b"__key"]))
         return list(found.items())
 
-    async def find(self, wanted: Wanted) -> tuple[list[dict[str, Any]], int]:
-        """Return what is asked for as data sets in DICOM JSON, and how many more there are."""
+    async def find(self, wanted: Wanted) -> tuple[list[dict[str, Any]], int | None]:
+        """Return what is asked for as data sets in DICOM JSON, and how many more there are.
+
+        None says that there are more, and that they were not counted.
+        """
         index = await self._index()
-        conditions = dict(wanted.conditions)
-        for level in (STUDY, SERIES, INSTANCE):
-            conditions.setdefault(UIDS[level], ...)
-            if level == wanted.level:
-                break
+        # Only what has all three UIDs can be retrieved.
+        conditions = {**dict.fromkeys(UIDS.values(), ...), **wanted.conditions}
         for name, fits in wanted.fits.items():
             field = "modality" if name == "ModalitiesInStudy" else index.field(name)
             groups = await self._rows(index, {}, ("GROUPBY", "1", f"@{field}"))
@@ -78,19 +88,49 @@ class Searching:
             conditions["modality"] = conditions.pop("ModalitiesInStudy")
         if "SOPClassesInStudy" in conditions:
             conditions["sopClassUID"] = conditions.pop("SOPClassesInStudy")
-        rows = await self._matches(index, wanted.level, conditions)
+        are_all = True
+        if wanted.level == STUDY:
+            most = wanted.offset + wanted.limit
+            rows, are_all = await self._latest_studies(index, conditions, most)
+        else:
+            rows = await self._matches(index, wanted.level, conditions)
         page = rows[wanted.offset : wanted.offset + wanted.limit]
-        more = max(0, len(rows) - wanted.offset - len(page))
+        more = max(0, len(rows) - wanted.offset - len(page)) if are_all else None
         return await self._described(index, wanted, page), more
 
+    async def _latest_studies(
+        self, index: Index, conditions: dict[str, Any], most: int
+    ) -> tuple[list[Row], bool]:
+        """Return the studies that fit, the latest first, and whether these are all.
+
+        Grouping takes time for each instance. So of many instances only those of the latest days
+        are looked at, if there are more than `most` studies in them: no older study comes before
+        these.
+        """
+        reduced = ("REDUCE", "MAX", "1", "@studyDate", "AS", "date")
+        stages = ("GROUPBY", "1", "@studyInstanceUID", *reduced)
+        if await self._count(index, conditions) > GROUPED:
+            latest = self._latest = self._latest or await self._latest_date(index)
+            days = FIRST_DAYS
+            while (latest - EARLIEST).days > days:
+                since = {"studyDate": (latest - timedelta(days), None)}
+                rows = await self._rows(index, conditions | since, stages)
+                if len(rows) > most:
+                    return _latest_first(rows), False
+                days *= 2
+        return _latest_first(await self._rows(index, conditions, stages)), True
+
+    async def _latest_date(self, index: Index) -> date:
+        # Remembered for good: from an older one, a search is no less right, and soon as fast.
+        reduced = ("GROUPBY", "0", "REDUCE", "MAX", "1", "@studyDate", "AS", "date")
+        (row,) = await self._rows(index, {"studyDate": ...}, reduced) or [{}]
+        try:
+            return date.fromisoformat(str(int(_number(row, b"date"))))
+        except ValueError:
+            return EARLIEST
+
     async def _matches(self, index: Index, level: str, conditions: dict[str, Any]) -> list[Row]:
-        """Return the UIDs of what fits: the latest studies first, the others by number."""
-        if level == STUDY:
-            reduced = ("REDUCE", "MAX", "1", "@studyDate", "AS", "date")
-            rows = await self._rows(
-                index, conditions, ("GROUPBY", "1", "@studyInstanceUID", *reduced)
-            )
-            return sorted(rows, key=lambda row: (-_number(row, b"date"), row[b"studyInstanceUID"]))
+        """Return the UIDs of what fits, in order of UIDs and numbers."""
         if level == SERIES:
             reduced = ("REDUCE", "MIN", "1", "@seriesNumber", "AS", "number")
             by = ("GROUPBY", "2", "@studyInstanceUID", "@seriesInstanceUID")
@@ -126,11 +166,12 @@ class Searching:
     ) -> list[dict[str, Any]]:
         counted: dict[bytes, dict[str, Any]] = {}
         field = UIDS[wanted.level].encode()
-        if wanted.level != INSTANCE and page:
-            counted = await self._counted(index, wanted.level, page)
-        keys = [
-            counted[row[field]]["key"] if counted else os.fsdecode(row[b"__key"]) for row in page
-        ]
+        if wanted.level == INSTANCE:
+            keys = [os.fsdecode(row[b"__key"]) for row in page]
+        else:
+            counted = await self._counted(index, wanted.level, page) if page else {}
+            page = [row for row in page if row[field] in counted]  # the others are deleted
+            keys = [counted[row[field]]["key"] for row in page]
         texts = await self._fetching.json(keys) if keys else []
         answers = []
         for row, text in zip(page, texts, strict=True):
@@ -149,33 +190,50 @@ class Searching:
     async def _counted(
         self, index: Index, level: str, page: Sequence[Row]
     ) -> dict[bytes, dict[str, Any]]:
-        """Return by UID what a study or series comes to, and the key of its first instance."""
+        """Return by UID what a study or series comes to, and the key of one of its instances."""
         field = UIDS[level]
-        # As of instances: only what has all three UIDs can be retrieved.
+        uids = [row[field.encode()].decode() for row in page]
         conditions: dict[str, Any] = dict.fromkeys(UIDS.values(), ...)
-        for name in (UIDS[STUDY], field):
-            conditions[name] = sorted({row[name.encode()].decode() for row in page})
-        by = [f"@{field}"] if level == SERIES else [f"@{field}", "@seriesInstanceUID", "@modality"]
-        counting = ("REDUCE", "COUNT", "0", "AS", "n")
-        first = ("REDUCE", "FIRST_VALUE", "4", "@__key", "BY", "@__key", "ASC", "AS", "k")
-        stages = ("LOAD", "1", "@__key", "GROUPBY", str(len(by)), *by, *counting, *first)
-        groups: defaultdict[bytes, list[Row]] = defaultdict(list)
-        for row in await self._rows(index, conditions, stages):
-            groups[row[field.encode()]].append(row)
+        conditions[UIDS[STUDY]] = sorted({row[UIDS[STUDY].encode()].decode() for row in page})
+        conditions[field] = sorted(uids)
+        stages = ["GROUPBY", "1", f"@{field}", "REDUCE", "COUNT", "0", "AS", "instances"]
+        if level == STUDY:
+            stages += ["REDUCE", "COUNT_DISTINCT", "1", "@seriesInstanceUID", "AS", "series"]
+            stages += ["REDUCE", "TOLIST", "1", "@modality", "AS", "modalities"]
+        rows = {row[field.encode()]: row for row in await self._rows(index, conditions, stages)}
+        keys = await self._keys(index, field, uids)
         found: dict[bytes, dict[str, Any]] = {}
-        for uid, rows in groups.items():
-            instances = sum(int(row[b"n"]) for row in rows)
-            key = os.fsdecode(min(row[b"k"] for row in rows))
-            elements = {"00201209": _element("IS", instances)}
+        for uid, row in rows.items():
+            if (key := keys.get(uid.decode())) is None:
+                continue
+            instances = _element("IS", int(row[b"instances"]))
+            elements = {"00201209": instances}
             if level == STUDY:
-                modalities = sorted({row[b"modality"].decode() for row in rows if row[b"modality"]})
-                series = len({row[b"seriesInstanceUID"] for row in rows})
+                modalities = sorted({each.decode() for each in row[b"modalities"] if each})
                 elements = {
                     "00080061": _element("CS", *modalities),
-                    "00201206": _element("IS", series),
-                    "00201208": _element("IS", instances),
+                    "00201206": _element("IS", int(row[b"series"])),
+                    "00201208": instances,
                 }
             found[uid] = {"key": key, "elements": elements}
+        return found
+
+    async def _keys(self, index: Index, field: str, uids: Sequence[str]) -> dict[str, str]:
+        """Return the key of the first instance that was stored, by the UID of its study or series.
+
+        A search for each takes a tenth of the time that reading all keys of a group does.
+        """
+        every: dict[str, Any] = dict.fromkeys(UIDS.values(), ...)
+        queries = [build_query("", {**every, field: uid}, index) for uid in uids]
+        commands = [
+            ("FT.SEARCH", index.name, query.text, "NOCONTENT", "LIMIT", "0", "1",
+             *query.parameters, *OPTIONS)
+            for query in queries
+        ]  # fmt: skip
+        found = {}
+        for uid, reply in zip(uids, await self._fetching.replies(commands), strict=True):
+            for result in _whole(reply)[b"results"]:
+                found[uid] = os.fsdecode(result[b"id"])
         return found
 
     # --- the index ---
@@ -195,15 +253,23 @@ class Searching:
             self._state = state
         return Index.of(info)
 
+    async def _count(self, index: Index, conditions: dict[str, Any]) -> int:
+        """Return how many instances meet the conditions, those without UIDs among them."""
+        asked = {name: wanted for name, wanted in conditions.items() if wanted is not ...}
+        query = build_query("", asked, index)
+        (reply,) = await self._fetching.replies(
+            [("FT.SEARCH", index.name, query.text, "LIMIT", "0", "0", *query.parameters, *OPTIONS)]
+        )
+        return int(_whole(reply)[b"total_results"])
+
     async def _rows(
         self, index: Index, conditions: dict[str, Any], stages: Sequence[str]
     ) -> list[Row]:
         """Return all rows of an aggregation over what meets the conditions."""
         query = build_query("", conditions, index)
-        options = ("TIMEOUT", str(SEARCH_TIMEOUT_MS), "DIALECT", "2")
         cursor_options = ("WITHCURSOR", "COUNT", str(PAGE))
         words = ("FT.AGGREGATE", index.name, query.text, *stages, *cursor_options,
-                 *query.parameters, *options)  # fmt: skip
+                 *query.parameters, *OPTIONS)  # fmt: skip
         if (known := self._remembered.get(words)) is not None:
             return known
         state = self._state
@@ -222,16 +288,25 @@ class Searching:
 
 def _complete(reply: Any) -> tuple[Any, Any]:
     """Return a reply and its cursor, if the answer is complete."""
+    found, cursor = (reply, 0) if isinstance(reply, Exception) else reply
+    return _whole(found), cursor
+
+
+def _whole(reply: Any) -> Any:
+    """Return a reply, if the answer is complete."""
     if isinstance(reply, redis.ResponseError):
         if "timeout" in str(reply).lower():
             raise SearchTimeoutError("The search engine did not finish in time: ask for less.")
         raise SearchError("The search engine refused the query.") from reply
     if isinstance(reply, Exception):
         raise reply
-    found, cursor = reply
-    if found.get(b"warning"):
+    if reply.get(b"warning"):
         raise SearchError("The search engine warns that its answer is not complete.")
-    return found, cursor
+    return reply
+
+
+def _latest_first(rows: list[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: (-_number(row, b"date"), row[b"studyInstanceUID"]))
 
 
 def _element(vr: str, *values: Any) -> dict[str, Any]:
