@@ -41,7 +41,6 @@ TOGETHER_BYTES = 4 * 1024 * 1024
 #: What has to be known of a stored file before it is loaded again.
 STORED_MEMBERS = (
     *STORAGE_MEMBERS, "sopInstanceUID", "vendor", "rows", "headerPartial", "thumbnail",
-    "attachments",
 )  # fmt: skip
 
 
@@ -175,6 +174,7 @@ class Loader:
         replace: bool = False,
         repair: bool = False,
         cold: bool = False,
+        at_once: bool = False,
         shown: bool = False,
     ) -> None:
         """Store files, and note in each one's row what became of it.
@@ -186,12 +186,15 @@ class Loader:
             As for `DicomStore.load`.
         cold : bool, optional
             Whether only documents are made, and no chunks are sent.
+        at_once : bool, optional
+            Whether somebody waits to read them: no pixels are decoded, for which worker processes
+            would have to start. The next load adds the thumbnails.
         shown : bool, optional
             Whether there is a progress bar.
         """
         progress = Progress(loads, shown=shown)
         new = self._new(loads, progress, repair=repair, cold=cold)
-        described = describe_all(new, len(loads), self._thumbnails)
+        described = describe_all(new, len(loads), self._thumbnails and not at_once)
         together: list[tuple[Load, Write, list[str]]] = []
         with contextlib.closing(progress), contextlib.closing(described):
             for (load, stored), description in described:
@@ -247,9 +250,9 @@ class Loader:
         document = stored and stored.document
         if stored is None or document is None or not 0 < load.size() == document.manifest.size:
             return False
-        if document.manifest.chunk_size != self._chunk_size or not self._chunks.has_attachments(
-            document.manifest, stored.attachments, checked=repair
-        ):
+        if document.manifest.chunk_size != self._chunk_size:
+            return False
+        if not self._chunks.has_attachments(document, checked=repair):
             return False
         with load.opened() as file:
             if load.row["size"] != document.manifest.size or _digest(file) != document.blake3:

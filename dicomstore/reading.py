@@ -7,7 +7,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 from dicomstore.blobs.chunks import Chunks, Mend, check
 from dicomstore.blobs.manifest import (
@@ -228,11 +228,13 @@ class Reading:
     def open(self, name: str, cache_bytes: int = CACHE_BYTES) -> ChunkReader:
         """Open a file for reading."""
         manifest = self.manifest(name)
-        path = path_of(manifest.key)
         # The document's; an imageName was looked for as a path and by a search before.
-        trips = 1 if name in (manifest.key, path) else 3
+        trips = 1 if name in (manifest.key, path_of(manifest.key)) else 3
+        return self._opened(manifest, cache_bytes=cache_bytes, round_trips=trips)
+
+    def _opened(self, manifest: Manifest, **options: int) -> ChunkReader:
         fetch = _Fetch(self, manifest)
-        return ChunkReader(manifest, fetch, name=path, cache_bytes=cache_bytes, round_trips=trips)
+        return ChunkReader(manifest, fetch, name=path_of(manifest.key), **options)
 
     def some(
         self, manifest: Manifest, numbers: Sequence[int], mend: Mend | None = None
@@ -288,6 +290,43 @@ class Reading:
             whole = chunks[own[0]] if len(own) == 1 else b"".join(chunks[n] for n in own)
             pieces.append(whole[begin : begin + length])
         return pieces
+
+    def attachment(
+        self, manifest: Manifest, name: str, crc: Any, make: Callable[[BinaryIO], bytes | None]
+    ) -> bytes:
+        """Return what lies beside the chunks of a version.
+
+        What is gone or damaged is made again from the file, where there is a source.
+
+        Parameters
+        ----------
+        manifest : Manifest
+        name : str
+            One of ``ATTACHMENTS``.
+        crc : int
+            As the document has it.
+        make : callable
+            Makes it of the open file; None if that cannot be done in this process.
+
+        Raises
+        ------
+        MissingChunkError, DamagedError
+            If it is gone or damaged, and cannot be made again.
+        """
+        with contextlib.suppress(MissingChunkError, DamagedError):
+            return self._chunks.attachment(manifest, name, crc)
+        with self._tier.one_at_a_time(manifest.attachment_key(name)):
+            try:
+                return self._chunks.attachment(manifest, name, crc)
+            except (MissingChunkError, DamagedError):
+                if not self._tier.has_source or not isinstance(crc, int):
+                    raise
+                with self._tier.fetching(), self._opened(manifest) as file:
+                    text = make(cast(BinaryIO, file))
+                if text is None:
+                    raise
+            self._versions.attach_again(manifest, name, text)
+            return text
 
     def mender(self) -> Mender | None:
         """Return what fetches for one read what Redis has lost; None without a source."""

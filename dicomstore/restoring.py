@@ -76,23 +76,25 @@ def verify(
     hot: dict[str, float] = {}
 
     def check(document: Document) -> str:
+        manifest, faults = document.manifest, {}
         hot[document.key] = 1.0
         try:
             chunks.copy(document, len)
-        except (MissingChunkError, DamagedError) as error:
-            faults = chunks.faults(document)
-            if not faults:
+        except (MissingChunkError, DamagedError):
+            lost = chunks.faults(document)
+            if not lost:
                 raise
-            lost = sum(map(document.manifest.length, faults))
-            hot[document.key] = 1 - lost / document.manifest.size
-            if has_source and set(faults.values()) == {"gone"}:
-                return "cold"
-            named = ", ".join(
-                f"the chunk {document.manifest.chunk_key(number)} is {what}"
-                for number, what in faults.items()
-            )
-            raise type(error)(f"{named}. {LOAD_AGAIN}") from None
-        return "ok"
+            hot[document.key] = 1 - sum(map(manifest.length, lost)) / manifest.size
+            faults = {manifest.chunk_key(number): what for number, what in lost.items()}
+        beside = chunks.attachment_faults(document)
+        faults |= {manifest.attachment_key(name): what for name, what in beside.items()}
+        if not faults:
+            return "ok"
+        if has_source and set(faults.values()) == {"gone"}:
+            return "cold"
+        named = ", ".join(f"the chunk {key} is {what}" for key, what in faults.items())
+        kind = MissingChunkError if "gone" in faults.values() else DamagedError
+        raise kind(f"{named}. {LOAD_AGAIN}")
 
     report = _report(reading, keys, check, "Verifying", shown=shown)
     report.insert(3, "hot", [hot.get(key, 0.0) for key in report["key"]])

@@ -119,7 +119,7 @@ class Tier:
         MissingChunkError
             If the source has no such file, or a different one, or the file was replaced.
         """
-        with self._one_at_a_time(manifest.key):
+        with self.one_at_a_time(manifest.key):
             numbers = list(crcs)
             there = zip(numbers, self._chunks.fetch(manifest, numbers), strict=True)
             found = {
@@ -147,7 +147,7 @@ class Tier:
         """Load the file of a document that is gone from the source; return whether it is there."""
         if self._source is None:
             return False
-        with self._one_at_a_time(key):
+        with self.one_at_a_time(key):
             if self._versions.members(key, ("version",)) is not None:
                 return True
             try:
@@ -175,7 +175,7 @@ class Tier:
         assert self._source is not None
         try:
             with self._source.file(key) as file:
-                self._loader.load([Load(path_of(key), file, strict=True)])
+                self._loader.load([Load(path_of(key), file, strict=True)], at_once=True)
         except ServerError:
             raise
         except (OSError, NotDicomError, DifferentImageError) as error:
@@ -185,8 +185,8 @@ class Tier:
             ) from error
 
     @contextlib.contextmanager
-    def _one_at_a_time(self, key: str) -> Iterator[None]:
-        """Let only one thread at a time fetch what is missing of a file."""
+    def one_at_a_time(self, key: str) -> Iterator[None]:
+        """Let only one thread at a time bring back what is missing at `key`."""
         with self._lock:
             gap, waiting = self._gaps.setdefault(key, (threading.Lock(), []))
             waiting.append(None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import os
@@ -30,8 +31,10 @@ from dicomstore.errors import (
     NotDicomError,
     NotStoredError,
 )
-from dicomstore.imaging.frames import OPTIONS, Frames, is_sound
-from dicomstore.imaging.header import dataset_start
+from dicomstore.imaging.frames import OPTIONS, Frames, is_sound, locate
+from dicomstore.imaging.header import dataset_start, read
+from dicomstore.imaging.metadata import compressed_json
+from dicomstore.imaging.values import OddTextError
 from dicomstore.imaging.volume import Instance, Plan, Slice, Volume, needs_dataset, plan_volumes
 from dicomstore.keys import DOCUMENT_PREFIX, document_key, path_of, shown_path
 from dicomstore.reading import Reading
@@ -99,6 +102,28 @@ class Viewing:
             source.seek(0)
             return dcmread(source, stop_before_pixels=True, force=True)
 
+    def dicom_json(self, key: str) -> bytes | None:
+        """Return the data set as DICOM JSON, compressed; None if the file has none.
+
+        Parameters
+        ----------
+        key : str
+            Of the document.
+
+        Raises
+        ------
+        MissingChunkError, DamagedError
+            If it is gone or damaged, and cannot be made again.
+        """
+
+        def read(document: Document) -> bytes | None:
+            crc = document.attachments.get("json")
+            if crc is None:
+                return None
+            return self._reading.attachment(document.manifest, "json", crc, _dicom_json)
+
+        return self._reading.consistently(key, read, self._reading.mender())
+
     def frame_bytes(self, name: str, numbers: Sequence[int]) -> list[bytes]:
         """Return frames as they are stored."""
         return self._fetched(name, numbers)[1]
@@ -148,7 +173,14 @@ class Viewing:
                 "transferSyntaxUID cannot be used. Delete the file and load it again."
             )
         if Frames.needs_table(where):
-            table = self._chunks.attachment(manifest, "frames", members.get("attachments.frames"))
+            crc = members.get("attachments.frames")
+            count = where["count"]  # type: ignore[index]  # it is sound
+            known = {"header": {**attributes, "NumberOfFrames": count}}
+
+            def make(file: BinaryIO) -> bytes | None:
+                return locate(file, known)[1]
+
+            table = self._reading.attachment(manifest, "frames", crc, make)
         path = shown_path(path_of(manifest.key))
         return Frames(path, where, attributes, syntax, table)
 
@@ -222,6 +254,14 @@ class Viewing:
 
                 list(pool.map(put, coded))
         return plan.volume(array)
+
+
+def _dicom_json(file: BinaryIO) -> bytes | None:
+    """Return a file's data set as DICOM JSON, compressed; None if that needs a worker."""
+    elements = read(file)
+    with contextlib.suppress(OddTextError):
+        return elements and compressed_json(elements)
+    return None
 
 
 def _options(members: Mapping[str, Any]) -> dict[str, Any]:

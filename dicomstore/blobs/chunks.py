@@ -92,7 +92,9 @@ class Chunks:
                 pieces = [memoryview(bytearray(manifest.length(number))) for number in batch]
                 read(pieces)
                 keys = manifest.chunk_keys(batch)
-                commands = [self._set(key, piece) for key, piece in zip(keys, pieces, strict=True)]
+                commands = [
+                    _set(key, piece, self._ttl_ms) for key, piece in zip(keys, pieces, strict=True)
+                ]
                 if together is not None and len(batch) == manifest.count:
                     together += commands
                 else:
@@ -103,26 +105,24 @@ class Chunks:
         """Return the commands that store what lies beside the chunks of a version."""
         return [("SET", manifest.attachment_key(name), text) for name, text in attachments.items()]
 
-    def has_attachments(
-        self, manifest: Manifest, crcs: Mapping[str, Any], *, checked: bool
-    ) -> bool:
-        """Whether these strings lie beside the chunks of a version.
+    def has_attachments(self, document: Document, *, checked: bool) -> bool:
+        """Whether all lie beside the chunks that belong there; `checked` compares their CRC-32."""
+        if checked:
+            return not self.attachment_faults(document)
+        keys = list(map(document.manifest.attachment_key, document.attachments))
+        replies = self._server.commands(self._server.for_keys("EXISTS", keys))
+        return bool(sum(replies) == len(keys))
 
-        Parameters
-        ----------
-        manifest : Manifest
-        crcs : mapping
-            The CRC-32 of each by its name, as the document has it.
-        checked : bool
-            Whether their CRC-32 are compared.
-        """
-        keys = [manifest.attachment_key(name) for name in crcs]
-        if not checked:
-            replies = self._server.commands(self._server.for_keys("EXISTS", keys))
-            return bool(sum(replies) == len(keys))
+    def attachment_faults(self, document: Document) -> dict[str, str]:
+        """Return what is wrong with each attachment that is not as it was stored, by its name."""
+        keys = list(map(document.manifest.attachment_key, document.attachments))
         replies = self._server.commands(self._server.for_keys("MGET", keys))
         texts = itertools.chain.from_iterable(replies)
-        return [text and crc32(text) for text in texts] == list(crcs.values())
+        return {
+            name: "gone" if text is None else "damaged"
+            for (name, crc), text in zip(document.attachments.items(), texts, strict=True)
+            if text is None or crc32(text) != crc
+        }
 
     def attachment(self, manifest: Manifest, name: str, crc: Any) -> bytes:
         """Return a string that lies beside the chunks of a version, of this CRC-32.
@@ -141,13 +141,20 @@ class Chunks:
         return text
 
     def put_back(self, manifest: Manifest, chunks: Mapping[int, bytes]) -> None:
-        """Store some chunks of a version again."""
+        """Store some chunks of a version again; those of a file that stays for good stay too."""
+        ttl_ms = None if self._ttl_ms is None or self._is_permanent(manifest) else self._ttl_ms
         self._server.commands(
-            [self._set(manifest.chunk_key(number), piece) for number, piece in chunks.items()]
+            [_set(manifest.chunk_key(number), piece, ttl_ms) for number, piece in chunks.items()]
         )
 
-    def _set(self, key: str, value: Any) -> tuple[Any, ...]:
-        return ("SET", key, value, *(() if self._ttl_ms is None else ("PX", self._ttl_ms)))
+    def _is_permanent(self, manifest: Manifest) -> bool:
+        """Whether the first chunk that is there does not expire."""
+        left = self._server.command("PTTL", manifest.chunk_key(0))
+        if left == -2:  # gone
+            keys = manifest.chunk_keys()
+            times = self._server.commands([("PTTL", key) for key in keys])
+            left = next((ms for ms in times if ms != -2), left)
+        return bool(left == -1)
 
     # --- out ---
 
@@ -312,6 +319,10 @@ def _groups(documents: Sequence[Document]) -> Iterator[list[Document]]:
         size += document.manifest.size
     if group:
         yield group
+
+
+def _set(key: str, value: Any, ttl_ms: int | None) -> Command:
+    return ("SET", key, value, *(() if ttl_ms is None else ("PX", ttl_ms)))
 
 
 def is_sound(manifest: Manifest, number: int, chunk: bytes, crc: int) -> bool:

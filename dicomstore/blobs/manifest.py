@@ -21,7 +21,7 @@ BATCH_BYTES = 16 * 1024 * 1024
 ATTACHMENTS = ("frames", "json")
 #: The members of a document that say how the file is cut, and all that say how it is stored.
 MANIFEST_MEMBERS = ("size", "version", "chunkSize", "tail")
-STORAGE_MEMBERS = (*MANIFEST_MEMBERS, "imageName", "blake3", "crc", "chunks")
+STORAGE_MEMBERS = (*MANIFEST_MEMBERS, "imageName", "blake3", "crc", "chunks", "attachments")
 
 
 def _allocated(payload: int) -> int:
@@ -141,11 +141,14 @@ class Document:
         Of the whole file, in hexadecimal.
     crc : sequence of int
         The CRC-32 of each chunk.
+    attachments : mapping
+        What lies beside the chunks: the CRC-32 of each by its name, unless edited.
     """
 
     manifest: Manifest
     blake3: str
     crc: Sequence[int] = field(repr=False)
+    attachments: Mapping[str, Any] = field(repr=False)
 
     @property
     def key(self) -> str:
@@ -177,13 +180,16 @@ def parse_document(key: str, members: Mapping[str, Any]) -> Document:
     manifest = parse_manifest(key, members)
     blake3, crc, chunks = (members.get(name) for name in ("blake3", "crc", "chunks"))
     # An edited name would let a look-up by imageName end at this file.
-    named = members.get("imageName") == shown_path(path_of(key).rpartition("/")[2])
+    is_named = members.get("imageName") == shown_path(path_of(key).rpartition("/")[2])
     digest = isinstance(blake3, str) and re.fullmatch("[0-9a-f]{64}", blake3)
     counted = isinstance(crc, list) and len(crc) == manifest.count and digest
     # Only this file's own keys: no document can point at a foreign one.
-    if not named or not counted or chunks != manifest.chunk_keys():
+    if not is_named or not counted or chunks != manifest.chunk_keys():
         raise _disagreement(key)
-    return Document(manifest, str(blake3), crc or ())
+    named = members.get("attachments")
+    known = named if isinstance(named, dict) else {}
+    attachments = {name: known[name] for name in ATTACHMENTS if name in known}
+    return Document(manifest, str(blake3), crc or (), attachments)
 
 
 def _disagreement(key: str) -> DamagedError:

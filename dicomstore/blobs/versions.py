@@ -19,13 +19,13 @@ from typing import Any, NamedTuple, TypeVar
 
 from dicomstore.blobs.chunks import Chunks
 from dicomstore.blobs.manifest import (
-    ATTACHMENTS,
     STORAGE_MEMBERS,
     Document,
     Manifest,
     parse_document,
     plan_tail,
 )
+from dicomstore.blobs.wire import crc32
 from dicomstore.errors import DamagedError, DicomRedisError, RefusedError, ServerError
 from dicomstore.keys import DOCUMENT_PREFIX, shown_path
 from dicomstore.server.connection import Server
@@ -56,13 +56,6 @@ class Stored(NamedTuple):
 
     document: Document | None
     members: Mapping[str, Any]
-
-    @property
-    def attachments(self) -> dict[str, Any]:
-        """What lies beside the chunks: the CRC-32 of each by its name, unless edited."""
-        crcs = self.members.get("attachments")
-        named = crcs if isinstance(crcs, dict) else {}
-        return {name: named[name] for name in ATTACHMENTS if name in named}
 
 
 @dataclass
@@ -215,7 +208,7 @@ class Versions:
 
     def _commit(self, writes: Sequence[Write]) -> None:
         texts = [json.dumps(write.members, ensure_ascii=False, allow_nan=False) for write in writes]
-        names = (*STORAGE_MEMBERS, "sopInstanceUID", "vendor", "attachments")
+        names = (*STORAGE_MEMBERS, "sopInstanceUID", "vendor")
 
         def commit(pipe: Any) -> list[Stored | None]:
             """Queue what may be committed; return what it replaces."""
@@ -277,7 +270,7 @@ class Versions:
             (manifest.size, manifest.chunk_size) == (new.size, new.chunk_size)
             and document.crc == write.members["crc"]
             and self._chunks.missing([manifest]) == [0]
-            and self._chunks.has_attachments(manifest, stored.attachments, checked=True)
+            and not self._chunks.attachment_faults(document)
         )
 
     def _take_back(self, manifest: Manifest) -> str:
@@ -299,6 +292,13 @@ class Versions:
                 pipe.execute_command("JSON.SET", manifest.key, f"$.{name}", json.dumps(value))
 
         self._transaction([manifest.key], change)
+
+    def attach_again(self, manifest: Manifest, name: str, text: bytes) -> None:
+        """Store a string that a document names beside the chunks again; it may differ a little."""
+        self._server.commands(self._chunks.attach(manifest, {name: text}))
+        self.set_member(manifest, f"attachments.{name}", crc32(text))
+        if not self.is_current(manifest):  # replaced meanwhile: nothing else would remove it
+            self._chunks.unlink(manifest)
 
     def put_back(self, manifest: Manifest, chunks: Mapping[int, bytes]) -> bool:
         """Store lost chunks of a version again; return whether it is still the stored one."""

@@ -1,0 +1,155 @@
+"""A tier with a source mends what lies beside the chunks, and leaves alone what is permanent."""
+
+import shutil
+
+import pytest
+from conftest import PYDICOM_FILES
+from samples import dicom
+
+from dicomstore import DicomStore
+from dicomstore.errors import DamagedError, MissingChunkError, VolumeError
+from dicomstore.imaging import describing
+
+IMAGE = dicom(pixels=bytes(range(256)) * 20, Rows=1)
+DAMAGE = ["gone", "damaged"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with one file of two encapsulated frames."""
+    (tmp_path / "in").mkdir()
+    shutil.copy(PYDICOM_FILES / "SC_rgb_rle_16bit_2frame.dcm", tmp_path / "in" / "a")
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def tier(client, folder):
+    with DicomStore(client, chunk_size=1000, progress=False, source=folder, ttl=100) as tier:
+        tier.load(folder)
+        yield tier
+
+
+def spoil(client, key, damage):
+    """Do to a key what `damage` says; return what it held."""
+    text = client.get(key)
+    client.delete(key)
+    if damage == "damaged":
+        client.set(key, text[:-1] + b"x")
+    return text
+
+
+def volume(store, name):
+    """These frames form no volume, which can be said only once they are found."""
+    with pytest.raises(VolumeError) as caught:
+        store.volume([name])
+    return str(caught.value)
+
+
+WAYS = {
+    "frame": lambda store: store.frame("a", 1).tobytes(),
+    "frame_bytes": lambda store: store.frame_bytes("a", 1),
+    "volume": lambda store: volume(store, "a"),
+}
+
+
+@pytest.mark.parametrize("chunks", ["hot", "cold"])
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_lost_frame_table_is_made_again(way, damage, chunks, client, tier, folder):
+    """Whatever needs the table has it made again from the file; it is there afterwards."""
+    expected, manifest = WAYS[way](tier), tier.manifest("a")
+    key = manifest.attachment_key("frames")
+    table = spoil(client, key, damage)
+    if chunks == "cold":
+        client.delete(*manifest.chunk_keys())
+    assert WAYS[way](DicomStore(client, progress=False, source=folder)) == expected
+    assert client.get(key) == table and client.ttl(key) == -1
+    assert tier.manifest("a") == manifest
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_lost_dicom_json_is_made_again(damage, client, tier):
+    """The data set as DICOM JSON comes back byte for byte, and only where there is a source."""
+    key = tier.manifest("a").attachment_key("json")
+    text = spoil(client, key, damage)
+    with pytest.raises((MissingChunkError, DamagedError), match=f"{key}.*repair=True"):
+        DicomStore(client, progress=False)._viewing.dicom_json("file:a")
+    assert tier._viewing.dicom_json("file:a") == text == client.get(key)
+
+
+def test_json_that_was_made_a_little_differently(client, tier):
+    """What a different release compressed differently is taken on, with its CRC-32."""
+    key = tier.manifest("a").attachment_key("json")
+    text = client.get(key)
+    client.delete(key)
+    client.execute_command("JSON.SET", "file:a", "$.attachments.json", "7")
+    assert tier._viewing.dicom_json("file:a") == text
+    assert DicomStore(client, progress=False)._viewing.dicom_json("file:a") == text
+    assert tier.verify()["status"].tolist() == ["ok"]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["json", "frames"])
+def test_verify_looks_beside_the_chunks(name, damage, client, tier):
+    """What lies beside the chunks is named if it is damaged, or gone without a source."""
+    key = tier.manifest("a").attachment_key(name)
+    spoil(client, key, damage)
+    row = DicomStore(client, progress=False).verify().iloc[0]
+    assert row["status"] == "damaged" and f"{key} is {damage}" in row["reason"]
+    row = tier.verify().iloc[0]
+    assert row["status"] == {"gone": "cold", "damaged": "damaged"}[damage] and row["hot"] == 1
+    tier._viewing.dicom_json("file:a")
+    tier.frame("a", 1)
+    assert tier.verify()["status"].tolist() == ["ok"]
+
+
+def test_no_worker_starts_inside_a_read(client, tier, folder, monkeypatch):
+    """A file whose document is gone is described here; its thumbnail comes with the next load."""
+
+    def refuse(*_):
+        raise AssertionError("a worker was asked for")
+
+    shutil.copy(PYDICOM_FILES / "CT_small.dcm", folder / "ct")
+    tier.load(folder)
+    thumbnail = client.execute_command("JSON.GET", "file:ct", "thumbnail")
+    client.delete("file:ct")
+    describing.end_idle_workers()
+    with monkeypatch.context() as patch:
+        patch.setattr(describing, "_Worker", refuse)
+        assert tier.read("ct") == (folder / "ct").read_bytes()
+        (folder / "a").write_bytes((folder / "a").read_bytes()[:-1])
+        client.delete(*tier.manifest("a").chunk_keys())
+        assert tier.read("a") == (folder / "a").read_bytes()
+    assert client.execute_command("JSON.GET", "file:ct", "$.thumbnail") == b"[]"
+    tier.load(folder)
+    assert client.execute_command("JSON.GET", "file:ct", "thumbnail") == thumbnail
+
+
+@pytest.mark.parametrize("lost", [[0], [2], [0, 1, 5], range(6)], ids=str)
+@pytest.mark.parametrize("way", ["repair", "read"])
+def test_what_is_permanent_stays_permanent(way, lost, client, tmp_path):
+    """Chunks that a tier with ttl mends in a file stored without expire as little as the others."""
+    (tmp_path / "a").write_bytes(IMAGE)
+    DicomStore(client, chunk_size=1000, progress=False).load(tmp_path)
+    tier = DicomStore(client, chunk_size=1000, progress=False, source=tmp_path, ttl=100)
+    keys = tier.manifest("a").chunk_keys()
+    for number in lost:
+        client.set(keys[number], b"x" * 1000)
+    if len(lost) < len(keys):
+        client.delete(keys[lost[-1]])
+    if way == "repair":
+        assert tier.load(tmp_path, repair=True)["status"].tolist() == ["repaired"]
+    assert tier.read("a") == IMAGE
+    assert {client.ttl(key) for key in keys} == {-1}
+
+
+def test_what_expires_goes_on_expiring(client, tmp_path):
+    """Chunks that are mended in a file with ttl get that ttl, if all were gone as well."""
+    (tmp_path / "a").write_bytes(IMAGE)
+    tier = DicomStore(client, chunk_size=1000, progress=False, source=tmp_path, ttl=100)
+    tier.load(tmp_path)
+    keys = tier.manifest("a").chunk_keys()
+    for lost in (keys[:1], keys):
+        client.delete(*lost)
+        assert tier.read("a") == IMAGE
+        assert all(90 < client.ttl(key) <= 100 for key in keys)
