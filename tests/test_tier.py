@@ -396,7 +396,9 @@ def test_what_fails_in_a_source_is_not_quoted(client, folder, monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("https://user:secret@example.org refused")
 
-    tier = tier_of(client, source="memory://archive")
+    tier = tier_of(client, source="memory://secrets")
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.store", {})
+    fsspec.filesystem("memory").pipe("/secrets/a.dcm", IMAGE)
     tier.load(folder)
     lose(client, tier, "a.dcm", [1])
     monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.cat_ranges", refuse)
