@@ -2,7 +2,7 @@
 # make examples       the same for the notebooks in examples/
 # make lab            set up, open the notebook in JupyterLab
 # make test           set up, run all tests, one process a core (JOBS=0: one, to debug)
-# make test-browser   drive the notebook's viewers in Chromium (apt-get install chromium)
+# make test-browser   drive the notebook's viewers and OHIF in Chromium (apt-get install chromium)
 # make check          set up, check format, lint and types
 # make format         put the code into its format
 # make notebook       run all notebooks and keep their outputs in them
@@ -46,7 +46,7 @@ test: $(DEV) $(REDIS)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test-browser: $(DEV) $(REDIS)
-	@$(BIN)/python -m pytest -m browser -s tests/test_browser.py
+	@$(BIN)/python -m pytest -m browser -s
 
 faults: $(DEV) $(REDIS)
 	@PYTHONPATH=. $(BIN)/python tests/faults.py

@@ -3,6 +3,7 @@
 What they took is printed; the pictures go to the folder that TEST_SCREENSHOTS names, if it does.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -14,22 +15,16 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from browsers import browser, keep_picture, page_of  # noqa: F401
 
 from demo.ct import write_sample_ct
 from demo.slide import write_sample_slide
 from dicomstore import DicomStore, connect
 from dicomstore.server.embedded import RedisServer
 
-sync_api = pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.browser
 
 PROJECT = Path(__file__).parent.parent
-CHROMIUM = "/usr/bin/chromium"
-# It connects to nothing but this machine, and needs no graphics card.
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 SLICES = 300
 START_S = 90
 CODE = """
@@ -96,19 +91,11 @@ def _address(runtime):
     )
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield started
-        started.close()
-
-
 @pytest.fixture
-def opened(lab, browser):
+def opened(lab, browser):  # noqa: F811
     """Opens a notebook, runs it, and returns the page with its viewer."""
     folder, address = lab
-    pages = []
+    pages = contextlib.ExitStack()
 
     def open_page(name, *, width=1600, theme="Light"):
         settings = folder / "settings" / "@jupyterlab" / "apputils-extension"
@@ -117,10 +104,7 @@ def opened(lab, browser):
         (settings / "notification.jupyterlab-settings").write_text(json.dumps(news))
         chosen = {"theme": f"JupyterLab {theme}"}
         (settings / "themes.jupyterlab-settings").write_text(json.dumps(chosen))
-        page = browser.new_page(viewport={"width": width, "height": 1000})
-        pages.append(page)
-        page.foreign = []
-        page.on("request", lambda asked: page.foreign.append(asked.url))
+        page = pages.enter_context(page_of(browser, width=width))
         page.goto(address.format(f"{name}.ipynb"))
         page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=START_S * 1000)
         page.locator(".jp-Cell .jp-InputArea-prompt").click()
@@ -129,19 +113,13 @@ def opened(lab, browser):
         page.locator(".dicom-viewer").scroll_into_view_if_needed()
         return page
 
-    yield open_page
-    for page in pages:
-        foreign = [
-            url for url in page.foreign if "//127.0.0.1" not in url and "//localhost" not in url
-        ]
-        page.close()
-        assert not [url for url in foreign if url.startswith(("http", "ws"))]
+    with pages:
+        yield open_page
 
 
 def _picture(page, name):
-    if folder := os.environ.get("TEST_SCREENSHOTS"):
-        page.screenshot(path=f"{folder}/{name}.png")
-        page.locator(".dicom-viewer").screenshot(path=f"{folder}/{name}-viewer.png")
+    keep_picture(page, name)
+    keep_picture(page.locator(".dicom-viewer"), f"{name}-viewer")
 
 
 def _shown(page, number):
