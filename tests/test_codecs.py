@@ -1,6 +1,7 @@
 """Compressed pixels: every transfer syntax, whose colours count, and what broken frames raise."""
 
 import io
+import struct
 import subprocess
 import sys
 
@@ -107,6 +108,28 @@ def test_every_transfer_syntax(syntax, encode, array, error):
     found = decoded(compressed(syntax, encode, array))
     assert found.dtype == array.dtype and found.shape == array.shape
     assert np.abs(found.astype(int) - array).max() <= error
+
+
+@pytest.mark.parametrize(
+    ("syntax", "encode", "size"),
+    [
+        (uid.JPEGBaseline8Bit, jpeg, ">2H"),
+        (uid.JPEGLosslessSV1, lossless(1), ">2H"),
+        (uid.JPEGLSLossless, jpeg_ls(0), ">2H"),
+        (uid.JPEG2000Lossless, jpeg_2000(True), ">2L"),
+    ],
+)
+def test_a_frame_that_claims_another_size(syntax, encode, size):
+    """Its own header is compared before a decoder takes memory for what only it claims."""
+    frame = encode(GREY8)
+    assert codecs.claimed_size(frame) == GREY8.shape
+    shape = GREY8.shape if size == ">2H" else GREY8.shape[::-1]
+    forged = frame.replace(struct.pack(size, *shape), struct.pack(size, 65535, 65535), 1)
+    assert codecs.claimed_size(forged) == (65535, 65535)
+    with pytest.raises(values.UNREADABLE, match="its header says"):
+        decoded(image(GREY8, syntax=syntax, pixels=[forged]))
+    for length in range(40):
+        codecs.claimed_size(frame[:length])
 
 
 def test_the_syntaxes_are_those_of_pydicom():

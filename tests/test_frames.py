@@ -211,6 +211,18 @@ def test_truncated_native_pixel_data():
 
 # --- encapsulated pixel data ---------------------------------------------------------------------
 
+
+def test_a_frame_too_large_to_decode():
+    """A few compressed bytes cannot have any amount of memory taken for them."""
+    start = dicom(
+        syntax=JPEGBaseline8Bit, BitsAllocated=8, **GREY | {"Rows": 65535, "Columns": 65535}
+    )
+    body = basic() + item(b"\xff\xd8ab\xff\xd9") + END
+    file = start + element(0x7FE00010, "OB", body, length=0xFFFFFFFF)
+    with pytest.raises(FrameError, match=r"a\.dcm would take 4,095 MiB .* frame_bytes"):
+        frames_of(file).decode(0, stored(file, 0))
+
+
 #: Two frames, the first one in two fragments.
 PARTS = (b"\xff\xd8ab", b"cdefgh\xff\xd9", b"\xff\xd8ij\xff\xd9\0\0")
 FRAGMENTS = b"".join(map(item, PARTS)) + END

@@ -74,7 +74,7 @@ def test_one_fault_one_text(way, size, client):
 @pytest.mark.parametrize("way", ["read", "read into", "read many", "open"])
 @pytest.mark.parametrize("large", [False, True])
 def test_all_that_is_missing_is_counted(way, large, client):
-    """Of several lost chunks one is named; of a small file the first, and how many there are."""
+    """Of several lost chunks the first is named, and how many there are; `open` meets one."""
     store = DicomStore(client, chunk_size=262_080 if large else 1000, progress=False)
     store.put("a", dicom(pixels=bytes(18 * 2**20 if large else 9000)))
     store.put("b", dicom())
@@ -83,5 +83,5 @@ def test_all_that_is_missing_is_counted(way, large, client):
     kind, text, named = fault_of(store, way)
     assert kind is MissingChunkError and text.endswith("repair=True.")
     assert set(named) <= set(keys) and named[0] in text
-    if not large:
+    if not (large and way == "open"):
         assert text.startswith("3 chunks are missing, the first is") and named == tuple(keys)

@@ -185,7 +185,9 @@ class Chunks:
         if self._goes_by_wire(document.manifest.size):
             chunks = document.manifest.chunks()
             try:
-                self._stream(lambda stream: stream.fetch(chunks, view, crcs=document.crc))
+                self._stream_out(
+                    document, lambda stream: stream.fetch(chunks, view, crcs=document.crc)
+                )
                 return
             except (MissingChunkError, DamagedError):
                 if mend is None:
@@ -205,7 +207,9 @@ class Chunks:
 
         if self._goes_by_wire(document.manifest.size):
             chunks = document.manifest.chunks()
-            self._stream(lambda stream: stream.copy(chunks, pass_on, crcs=document.crc))
+            self._stream_out(
+                document, lambda stream: stream.copy(chunks, pass_on, crcs=document.crc)
+            )
         else:
             for chunk in self.in_order(document):
                 pass_on(chunk)
@@ -295,6 +299,17 @@ class Chunks:
     def _goes_by_wire(self, size: int) -> bool:
         """Whether connections of its own pay for so many bytes, and can be made."""
         return size > BATCH_BYTES and self._server.wire_client() is not None
+
+    def _stream_out(
+        self, document: Document, work: Callable[[ChunkStream], Awaitable[None]]
+    ) -> None:
+        """As `_stream`; an error names all chunks of the file that are gone."""
+        try:
+            self._stream(work)
+        except MissingChunkError as error:
+            if gone := self.gone(document.manifest):
+                raise MissingChunkError.of(document.manifest.chunk_keys(gone)) from error
+            raise
 
     def _stream(self, work: Callable[[ChunkStream], Awaitable[None]]) -> None:
         client = self._server.wire_client()

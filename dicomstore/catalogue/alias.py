@@ -113,7 +113,11 @@ class Alias:
                     return found
                 name = f"{INDEX}:{digest(wanted)}:{token}"
                 self._server.command("SET", UNFINISHED, name)
-                self._server.search_command("FT.CREATE", name, *definition(wanted))
+                try:
+                    self._server.search_command("FT.CREATE", name, *definition(wanted))
+                except RefusedError:  # there is nothing that a next builder would have to finish
+                    self._server.command("DEL", UNFINISHED)
+                    raise
                 while self._renew(token):
                     info = self._server.search_command("FT.INFO", name)
                     if not int(named(info)[b"indexing"]):

@@ -5,6 +5,7 @@ RLE Lossless and what is not compressed are left to pydicom itself.
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,11 @@ RETIRED = {
 #: libjpeg's names of colour spaces, by samples per pixel. A frame is decoded from a space to the
 #: same one: only the header says which it is (PS3.3 C.7.6.3.1.2), where libjpeg would guess.
 COLOUR_SPACES = {3: "YCBCR", 4: "CMYK"}
+
+START_OF_IMAGE, JPEG_2000 = b"\xff\xd8", b"\xff\x4f\xff\x51"
+START_OF_SCAN = 0xDA
+#: Markers of a frame header: all SOF of JPEG, and JPEG-LS's.
+FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
 
 Decode = Callable[[bytes, int], NDArray[Any]]
 
@@ -84,6 +90,13 @@ def decode_frame(frame: bytes, runner: DecodeRunner) -> bytes:
         If its shape is not that of the header.
     """
     samples = runner.samples_per_pixel
+    # Before a decoder takes memory for what only the frame says.
+    claimed = claimed_size(frame)
+    if claimed not in (None, (runner.rows, runner.columns)):
+        raise ValueError(
+            f"The frame says that it has {claimed} rows and columns, its header says "
+            f"{(runner.rows, runner.columns)}."
+        )
     array = _DECODERS[runner.transfer_syntax](frame, samples)
     expected = (runner.rows, runner.columns, samples)[: 2 if samples == 1 else 3]
     if array.shape != expected:
@@ -93,6 +106,30 @@ def decode_frame(frame: bytes, runner: DecodeRunner) -> bytes:
     if runner.photometric_interpretation in ("YBR_ICT", "YBR_RCT"):
         runner.set_option("photometric_interpretation", "RGB")  # JPEG 2000 has undone it
     return array.tobytes()
+
+
+def claimed_size(frame: bytes) -> tuple[int, int] | None:
+    """Return the rows and columns that a compressed frame says it has, None if that is not clear.
+
+    Read from the frame header of JPEG and JPEG-LS (ITU-T T.81 B.2.2) or from the SIZ marker of
+    JPEG 2000 (ITU-T T.800 A.5.1).
+    """
+    if frame[:4] == JPEG_2000:
+        right, lower, left, upper = struct.unpack_from(">4L", frame.ljust(24, b"\0"), 8)
+        return lower - upper, right - left
+    at = 2
+    while frame[:2] == START_OF_IMAGE and at + 9 <= len(frame) and frame[at] == 0xFF:
+        marker, length = frame[at + 1], int.from_bytes(frame[at + 2 : at + 4], "big")
+        if marker == 0xFF:  # padding before a marker
+            at += 1
+        elif marker in FRAME_HEADERS:
+            rows, columns = struct.unpack_from(">2H", frame, at + 5)
+            return (rows, columns) if rows else None  # 0: only the end of the image says it
+        elif marker == START_OF_SCAN:
+            return None
+        else:
+            at += 2 + length
+    return None
 
 
 def _jpeg(frame: bytes, samples: int) -> NDArray[Any]:

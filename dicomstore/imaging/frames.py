@@ -46,6 +46,8 @@ EMPTY_TABLE = ITEM + bytes(4)
 END_OF_IMAGE = b"\xff\xd9"  # of JPEG and JPEG-LS, and JPEG 2000's end of codestream
 #: So near to a fragment's end it is looked for: padding may follow it.
 END_BYTES = 10
+#: No compressed frame is decoded that takes more bytes: a few can claim as many as they like.
+LARGEST_FRAME = 1024**3
 #: Of what a decoder says, in characters.
 LONGEST_REASON = 200
 LONG_VRS = frozenset(vr.encode() for vr in EXPLICIT_VR_LENGTH_32)
@@ -454,6 +456,16 @@ class Frames:
         options["pixel_vr"] = member.get("vr", "OW")
         source = stored
         if "bits" not in member:
+            rows, columns, samples = (
+                int(options.get(name) or 1) for name in ("rows", "columns", "samples_per_pixel")
+            )
+            size = rows * columns * samples * -(-int(options.get("bits_allocated") or 8) // 8)
+            if size > LARGEST_FRAME:
+                raise FrameError(
+                    f"Frame {k} of {self.name} would take {size // 2**20:,} MiB decoded, more than "
+                    f"the {LARGEST_FRAME // 2**20:,} MiB that are allowed. Take its bytes with "
+                    "frame_bytes."
+                )
             source = b"".join((EMPTY_TABLE, ITEM, struct.pack("<L", len(stored)), stored))
         try:
             decoder, plugin = codecs.decoder_for(syntax)
