@@ -10,6 +10,7 @@
 # make bench-partial  what reading a part takes as files grow (5 minutes, 6 GB of memory)
 # make bench-load     real files in, beside one process with a SET for each chunk (2 minutes)
 # make bench-search   searching among up to 200,000 documents, and the scenarios (5 minutes)
+# make bench-mixed    searches and small reads while a slide streams (8 minutes, 10 GB of memory)
 # make faults         kill, damage and starve the store at length, and run the property tests with
 #                     all their examples: benchmarks/faults.md
 # make viewer         the viewer OHIF on what is in Redis, or on FOLDER=... (once: 45 MB from npm)
@@ -25,7 +26,7 @@ REDIS := .redis/redis-server
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo examples lab viewer test test-browser check format notebook bench bench-load bench-partial bench-search faults clean
+.PHONY: help demo examples lab viewer test test-browser check format notebook bench bench-load bench-mixed bench-partial bench-search faults clean
 
 help:
 	@sed -n '/^# /!q; s/^# //p' Makefile
@@ -69,6 +70,9 @@ bench-load: $(RUN) $(REDIS)
 
 bench-partial: $(RUN) $(REDIS)
 	@$(BIN)/python benchmarks/partial.py
+
+bench-mixed: $(RUN) $(REDIS)
+	@$(BIN)/python benchmarks/mixed.py
 
 bench-search: $(RUN) $(REDIS)
 	@$(BIN)/python benchmarks/search.py

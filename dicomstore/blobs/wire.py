@@ -2,7 +2,7 @@
 
 A *chunk* is a Redis string whose length is known beforehand. `ChunkStream.fetch` receives any
 number of them into one buffer, `copy` passes them on piece by piece, `send` stores them. Each
-moves as many chunks in one *request* as make about half a MiB, with several requests under way.
+moves as many chunks in one *request* as make about a MiB, with several requests under way.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ Result = TypeVar("Result")
 
 REQUEST_BYTES = 1 << 20  # payload of one request: one MGET, or several SETs
 REQUEST_CHUNKS = 1024  # as many as os.preadv takes in one call
-REQUESTS = 16  # under way at a time, on all connections: either side holds so much in memory
+#: Under way at a time, on all connections. With more of them bytes come no faster, and what others
+#: ask the server waits behind all of them.
+REQUESTS = 4
 SCRATCH_BYTES = 32 << 10
 WAITING = 8  # requests whose bytes copy() holds until they are passed on, beside those under way
 CONNECTING = 64  # connections opened at a time: the usual listen backlog is 511
