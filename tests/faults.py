@@ -27,7 +27,8 @@ REPORT = Path(__file__).parent.parent / "benchmarks" / "faults.md"
 NOT_RUN = (
     "Not run: power cuts, nodes on several machines, networks that split, and searches on a "
     "cluster, for which this build has no coordinator. `TEST_REDIS_HOME` points the test suite at "
-    "the files of another build; this run did not."
+    "the files of another build; this run did not. The property tests, which `make faults` runs "
+    "next, are not in this table."
 )
 
 #: Each fault, how often in the test suite, and how often in the long run (seconds: `slot_moves`).

@@ -27,6 +27,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 from samples import PREAMBLE, dicom, element
 
 from dicomstore import DicomStore, connect
+from dicomstore.errors import FrameError
 from dicomstore.server.embedded import RedisServer
 
 PYDICOM_FILES = Path(pydicom.__file__).parent / "data" / "test_files"
@@ -124,6 +125,15 @@ def processor_time():
     return time.process_time() + living + sum(os.times()[2:4])
 
 
+def frame_of(store, name):
+    """Fetch and decode a frame: what came of it. Any error but a clear one ends the run."""
+    try:
+        store.frame(name, 0)
+    except FrameError:
+        return "without a frame"
+    return "with a frame"
+
+
 def store_mutations(url, folder, count, seed, answer):
     """Load mutated files one by one, in a process of its own, and say what became of them."""
     outcomes, slowest, peak = Counter(), (0.0, ""), (0, "")
@@ -147,6 +157,7 @@ def store_mutations(url, folder, count, seed, answer):
             else:
                 good = not row["reason"].startswith("stored, but")
                 good = good and store.read(file.name) == image
+                outcomes[frame_of(store, file.name)] += 1
             if not good or slowest[0] > SECONDS or peak[0] > MEBIBYTES:
                 answer.send((f"file {number} ({kind}): {row.to_dict()}, {slowest} s, {peak} MiB",))
                 return
@@ -176,7 +187,9 @@ def mutated_files(count):
     outcomes, slowest, peak = found
     return (
         f"{outcomes['stored']:,} stored verbatim, of which {outcomes['without its pixels']:,} "
-        f"without their pixels, {outcomes['skipped']:,} skipped with a reason; "
+        f"without their pixels, {outcomes['skipped']:,} skipped with a reason; a first frame "
+        f"decoded of {outcomes['with a frame']:,}, refused in a sentence of "
+        f"{outcomes['without a frame']:,}; "
         f"at most {slowest[0]:.2f} s of processor time ({slowest[1]}) and {peak[0]} MiB ({peak[1]})"
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import struct
 import zlib
 from array import array
@@ -456,10 +457,7 @@ class Frames:
         options["pixel_vr"] = member.get("vr", "OW")
         source = stored
         if "bits" not in member:
-            rows, columns, samples = (
-                int(options.get(name) or 1) for name in ("rows", "columns", "samples_per_pixel")
-            )
-            size = rows * columns * samples * -(-int(options.get("bits_allocated") or 8) // 8)
+            size = _decoded_size(options)
             if size > LARGEST_FRAME:
                 raise FrameError(
                     f"Frame {k} of {self.name} would take {size // 2**20:,} MiB decoded, more than "
@@ -498,3 +496,10 @@ class Frames:
                 "document. Load the file again with repair=True."
             )
         return np.append(first, first + np.cumsum(lengths))
+
+
+def _decoded_size(options: Mapping[str, Any]) -> int:
+    """Return the bytes of a frame decoded, 0 where the header does not say it: no decoder can."""
+    names = ("rows", "columns", "samples_per_pixel", "bits_allocated")
+    numbers = [number for name in names if isinstance(number := options.get(name), int)]
+    return math.prod(numbers) // 8 if len(numbers) == len(names) else 0
