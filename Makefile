@@ -11,6 +11,7 @@
 # make bench-load     real files in, beside one process with a SET for each chunk (2 minutes)
 # make bench-search   searching among up to 200,000 documents, and the scenarios (5 minutes)
 # make bench-mixed    searches and small reads while a slide streams (8 minutes, 10 GB of memory)
+# make bench-tier     a tier before a source: misses, cold loads, eviction (10 minutes, 6 GB)
 # make faults         kill, damage and starve the store at length, and run the property tests with
 #                     all their examples: benchmarks/faults.md
 # make viewer         the viewer OHIF on what is in Redis, or on FOLDER=... (once: 45 MB from npm)
@@ -26,7 +27,7 @@ REDIS := .redis/redis-server
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo examples lab viewer test test-browser check format notebook bench bench-load bench-mixed bench-partial bench-search faults clean
+.PHONY: help demo examples lab viewer test test-browser check format notebook bench bench-load bench-mixed bench-partial bench-search bench-tier faults clean
 
 help:
 	@sed -n '/^# /!q; s/^# //p' Makefile
@@ -76,6 +77,9 @@ bench-mixed: $(RUN) $(REDIS)
 
 bench-search: $(RUN) $(REDIS)
 	@$(BIN)/python benchmarks/search.py
+
+bench-tier: $(RUN) $(REDIS)
+	@$(BIN)/python benchmarks/tier.py
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
