@@ -64,6 +64,8 @@ def run(notebook: nbformat.NotebookNode, folder: Path, *, quiet: bool = False) -
             resources={"metadata": {"path": str(folder)}},
             on_cell_start=tell,
             coalesce_streams=True,  # of a progress bar, the last state
+            # Without it a page shows the still picture of a viewer, which no kernel answers there.
+            store_widget_state=False,
             # Unix sockets: what passes between this process and the kernel is for no other user to
             # see. Their path is a whole one, since the kernel starts in a folder of its own.
             config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/socket"}}),
