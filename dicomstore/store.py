@@ -28,6 +28,7 @@ from dicomstore.errors import (
     SearchError,
 )
 from dicomstore.imaging import describing, thumbnail
+from dicomstore.imaging.frames import Frames
 from dicomstore.keys import checked_path, path_of, shown_path
 from dicomstore.loading import Load, Loader, walk
 from dicomstore.prefetching import Around, Prefetch, Prefetcher
@@ -401,6 +402,53 @@ class DicomStore:
     def blake3(self, name: Any) -> str:
         """Return the BLAKE3 that was stored with a file; `name` as for :meth:`read`."""
         return str(self._reading.members(_name(name), ("blake3",))[1].get("blake3"))
+
+    def dicom_json(self, name: Any) -> bytes | None:
+        """Return a data set as DICOM JSON (PS3.18 Annex F), compressed with zlib.
+
+        Parameters
+        ----------
+        name : str or pandas.Series
+            As for :meth:`read`.
+
+        Returns
+        -------
+        bytes or None
+            Bulk data is given by relative URIs. None if the file has none: it is a slide, or its
+            data set cannot be read to its end.
+
+        Raises
+        ------
+        MissingChunkError, DamagedError
+            If it is gone or damaged, and cannot be made again.
+        """
+        return self._viewing.dicom_json(_name(name))
+
+    def spans(self, manifest: Manifest, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return pieces of one version of a file.
+
+        Parameters
+        ----------
+        manifest : Manifest
+        spans : sequence of (int, int)
+            Offset and length of each piece, in bytes.
+
+        Raises
+        ------
+        MissingChunkError, DamagedError
+            If a chunk is gone or damaged and has no source, or the file was replaced.
+        """
+        return self._reading.spans(manifest, spans)
+
+    def frames_of(self, name: Any) -> Frames:
+        """Return where the frames of an instance lie.
+
+        Raises
+        ------
+        MissingChunkError, DamagedError
+            If their table is gone or damaged, and cannot be made again.
+        """
+        return self._viewing.frames_of(_name(name))
 
     def frame_bytes(self, name: Any, k: Any) -> Any:
         """Return a frame as it is stored, fetching only the chunks that hold it.

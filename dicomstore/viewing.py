@@ -124,6 +124,11 @@ class Viewing:
 
         return self._reading.consistently(key, read, self._reading.mender())
 
+    def frames_of(self, name: str) -> Frames:
+        """Return where the frames of an instance lie; a table that is gone is made again."""
+        manifest, members = self._members(name)
+        return self._frames(manifest, members, _options(members))
+
     def frame_bytes(self, name: str, numbers: Sequence[int]) -> list[bytes]:
         """Return frames as they are stored."""
         return self._fetched(name, numbers)[1]

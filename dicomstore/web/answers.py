@@ -7,13 +7,11 @@ import contextlib
 import functools
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
-import redis
-from pydicom.uid import DeflatedExplicitVRLittleEndian
 from starlette.types import Scope
 
 from dicomstore.errors import (
@@ -21,7 +19,6 @@ from dicomstore.errors import (
     MissingChunkError,
     NotIndexedError,
     NotStoredError,
-    ServerError,
 )
 from dicomstore.imaging.frames import Span
 from dicomstore.store import DicomStore
@@ -76,10 +73,8 @@ class Services:
     """
 
     def __init__(self, store: DicomStore) -> None:
-        if not isinstance(store.client, redis.Redis):
-            raise ServerError("DICOMweb is served from one Redis server, not from a cluster.")
         self.store = store
-        self.fetching = Fetching(store.client)
+        self.fetching = Fetching(store)
         self.searching = Searching(self.fetching)
         self._pool = ThreadPoolExecutor(DECODING, "dicomweb")
         self._waiting = 0
@@ -164,6 +159,8 @@ async def metadata(services: Services, scope: Scope) -> Answered:
     uids = _uids(scope)
     instances = await _instances(services, uids)
     base = _base(scope)
+    if len(instances) > TOGETHER:  # before a part of the answer is sent
+        _check_json(instances, await services.fetching.without_json([key for _, key in instances]))
     urls = _urls(uids, instances, base)
     pieces = _metadata(services, instances, urls)
     if len(instances) <= TOGETHER:
@@ -186,8 +183,10 @@ async def _metadata(
 ) -> AsyncIterator[bytes]:
     opening = b"["
     for first in range(0, len(instances), TOGETHER):
-        keys = [key for _, key in instances[first : first + TOGETHER]]
+        group = instances[first : first + TOGETHER]
+        keys = [key for _, key in group]
         texts = await services.fetching.json(keys)
+        _check_json(group, {key for key, text in zip(keys, texts, strict=True) if text == b""})
         own = urls[first : first + TOGETHER]
         work = functools.partial(_joined, list(zip(texts, own, strict=True)))
         joined = work() if len(keys) < 10 else await asyncio.to_thread(work)
@@ -195,6 +194,16 @@ async def _metadata(
             yield opening + joined
             opening = b","
     yield b"[]" if opening == b"[" else b"]"
+
+
+def _check_json(instances: list[tuple[str, str]], lacking: Collection[str]) -> None:
+    for uid, key in instances:
+        if key in lacking:
+            raise Problem(
+                500,
+                f"The instance {uid} has no metadata: its data set cannot be read to its end, or "
+                "is too large. Ask for the instance itself.",
+            )
 
 
 def _joined(parts: list[tuple[bytes | None, str]]) -> bytes:
@@ -237,11 +246,15 @@ async def frames(services: Services, scope: Scope) -> Answered:
         return _whole_multipart(answer.type, kind, await one(numbers[0], first[0]))
 
     async def parts() -> AsyncIterator[AsyncIterator[bytes]]:
-        for k in numbers:
-            version, (raw,) = await services.fetching.frames(key, [k])
+        # Inflated once for all of them.
+        step = len(numbers) if stored.is_inflated else 1
+        for at in range(0, len(numbers), step):
+            group = numbers[at : at + step]
+            version, fetched = await services.fetching.frames(key, group)
             if version.manifest != stored.manifest:
                 raise MissingChunkError("The instance was replaced meanwhile.")
-            yield _once(await one(k, raw))
+            for k, raw in zip(group, fetched, strict=True):
+                yield _once(await one(k, raw))
 
     return _multipart(answer.type, kind, parts())
 
@@ -259,9 +272,6 @@ async def _frames(
                     return key, stored, fetched
             services.forget(name)  # deleted, or another instance has taken its path
         key = await _instance(services, uids)
-        stored = await services.fetching.stored(key)
-        if stored.syntax == DeflatedExplicitVRLittleEndian:
-            raise Problem(501, "Frames of deflated instances are not sent: ask for the instance.")
         stored, fetched = await services.fetching.frames(key, numbers)
         services.remember(name, key)
         return key, stored, fetched

@@ -17,9 +17,17 @@ from starlette.routing import Mount, Route, Router
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
-from dicomstore.errors import DicomRedisError, NotIndexedError, NotStoredError, SearchError
+from dicomstore.errors import (
+    DamagedError,
+    DicomRedisError,
+    MissingChunkError,
+    NotIndexedError,
+    NotStoredError,
+    SearchError,
+)
 from dicomstore.store import DicomStore
 from dicomstore.web.answers import LOCAL_HOSTS, Answered, Problem, Services
+from dicomstore.web.inflating import TooLargeError
 from dicomstore.web.searching import TooBroadError
 
 PREFIX = "/dicom-web"
@@ -66,10 +74,18 @@ class Guard:
                 self._let_in(headers)
                 if scope["method"] not in ("GET", "HEAD"):
                     raise Problem(405, "This service only reads.", ((b"allow", b"GET, HEAD"),))
-                answered = await asyncio.wait_for(self._endpoint(self._services, scope), 60)
+                answered = await asyncio.wait_for(self._begun(scope), 60)
         except Exception as error:  # the last resort: every failure has a status
             answered = _answer_to(error)
         await _send(answered, own, receive, send)
+
+    async def _begun(self, scope: Scope) -> Answered:
+        """Return an answer whose first piece is there: a status can still be given before."""
+        answered = await self._endpoint(self._services, scope)
+        if isinstance(answered.body, bytes):
+            return answered
+        first = await anext(answered.body, b"")
+        return answered._replace(body=_resumed(first, answered.body))
 
     def _let_in(self, headers: dict[bytes, bytes]) -> None:
         if self._token is not None:
@@ -86,7 +102,7 @@ def _answer_to(error: Exception) -> Answered:
     """Return the answer to a request that failed; only our own words reach it."""
     if isinstance(error, Problem):
         return Answered(error.status, "application/json", _words(str(error)), error.headers)
-    if isinstance(error, TooBroadError):
+    if isinstance(error, TooBroadError | TooLargeError):
         return Answered(413, "application/json", _words(str(error)))
     if isinstance(error, NotStoredError):
         return Answered(404, "application/json", _words("There is nothing with these UIDs."))
@@ -94,11 +110,17 @@ def _answer_to(error: Exception) -> Answered:
         return Answered(400, "application/json", _words(str(error)))
     if isinstance(error, redis.RedisError | OSError | SearchError | TimeoutError):
         LOG.warning("%s", type(error).__name__)
-        words = str(error) if isinstance(error, DicomRedisError) else "Redis does not answer."
+        words = (
+            str(error)
+            if isinstance(error, DicomRedisError)
+            else "Redis or the source does not answer."
+        )
         return Answered(503, "application/json", _words(words))
     # Not its text: it may quote a value.
     LOG.error("A request failed: %s", type(error).__name__, exc_info=not _is_ours(error))
-    words = str(error) if _is_ours(error) else "The request failed."
+    words = "The request failed."
+    if isinstance(error, MissingChunkError | DamagedError):  # it names a path, maybe a patient's
+        words = "What is stored is damaged or gone: load it again with repair=True."
     return Answered(500, "application/json", _words(words))
 
 
@@ -136,6 +158,12 @@ async def _send(
         for task in (streaming, leaving):
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+
+
+async def _resumed(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for piece in rest:
+        yield piece
 
 
 async def _stream(body: AsyncIterator[bytes], send: Send) -> None:

@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+import functools
+import io
 import json
 import zlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
 import redis
 import redis.asyncio
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 
 from dicomstore.blobs.chunks import check
 from dicomstore.blobs.manifest import MANIFEST_MEMBERS, Manifest, parse_manifest
 from dicomstore.blobs.wire import crc32
-from dicomstore.errors import DamagedError, FrameError, MissingChunkError, NotStoredError
-from dicomstore.imaging.frames import OPTIONS, Frames, Span
+from dicomstore.errors import (
+    DamagedError,
+    FrameError,
+    MissingChunkError,
+    NotStoredError,
+    ServerError,
+)
+from dicomstore.imaging.frames import OPTIONS, Frames, Span, locate
 from dicomstore.keys import path_of, shown_path
+from dicomstore.store import DicomStore
+from dicomstore.web.inflating import plain
+
+#: What decoding a frame needs to know, and finding it in a data set that is inflated first.
+ATTRIBUTES = (*OPTIONS, "NumberOfFrames")
 
 #: What has to be known of an instance before anything of it can be served.
 MEMBERS = (
     *MANIFEST_MEMBERS,
     "frames",
     "transferSyntaxUID",
-    "attachments",
+    "attachments.frames",
     "sopInstanceUID",
-    *(f"header.{keyword}" for keyword in OPTIONS),
+    *(f"header.{keyword}" for keyword in ATTRIBUTES),
 )
 #: So many connections to Redis; who wants one more waits.
 CONNECTIONS = 32
@@ -33,12 +50,15 @@ CONNECTIONS = 32
 REMEMBERED = 4096
 #: How often a read starts over when its instance is replaced under it.
 ATTEMPTS = 20
+#: So many reads wait at a time for what only the store itself can do.
+THREADS = 4
 #: Of a file that is streamed, so much is held at a time (bytes).
 PIECE_BYTES = 1024 * 1024
 #: A data set's JSON is not larger than this (bytes).
 JSON_BYTES = 16 * 1024 * 1024
 
 Command = tuple[Any, ...]
+Result = TypeVar("Result")
 
 
 class Stored(NamedTuple):
@@ -47,6 +67,7 @@ class Stored(NamedTuple):
     manifest: Manifest
     frames: Frames
     uid: str | None
+    is_inflated: bool = False
 
     @property
     def syntax(self) -> str | None:
@@ -58,12 +79,20 @@ class Fetching:
 
     Parameters
     ----------
-    client : redis.Redis
-        A new asyncio client is made like it.
+    store : DicomStore
+        A new asyncio client is made like its own. What Redis has lost is read through the store,
+        which fetches it from the source, if there is one.
+
+    Raises
+    ------
+    ServerError
+        If the store is in a cluster.
     """
 
-    def __init__(self, client: redis.Redis) -> None:
-        pool = client.connection_pool
+    def __init__(self, store: DicomStore) -> None:
+        if not isinstance(store.client, redis.Redis):
+            raise ServerError("DICOMweb is served from one Redis server, not from a cluster.")
+        pool = store.client.connection_pool
         settings = {
             name: value for name, value in pool.connection_kwargs.items() if name in _SETTINGS
         }
@@ -79,8 +108,11 @@ class Fetching:
             )
         )
         self._known: OrderedDict[str, Stored] = OrderedDict()
+        self._store = store
+        self._threads = ThreadPoolExecutor(THREADS, "dicomweb-store")
 
     async def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
         await self._redis.aclose(close_connection_pool=True)
 
     async def replies(self, commands: Sequence[Command]) -> list[Any]:
@@ -89,6 +121,11 @@ class Fetching:
             for command in commands:
                 pipe.execute_command(*command)
             return await pipe.execute(raise_on_error=False)
+
+    async def _through_store(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Return what `work` returns, which waits for Redis, or for the source."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, functools.partial(work, *arguments))
 
     # --- documents ---
 
@@ -99,8 +136,8 @@ class Fetching:
         ------
         NotStoredError
             If it has been deleted.
-        DamagedError
-            If its document is not what was stored.
+        MissingChunkError, DamagedError
+            If its document is not what was stored, or where its frames lie is gone for good.
         """
         known = None if anew else self._known.get(key)
         if known is not None:
@@ -118,14 +155,12 @@ class Fetching:
                 if version != f'["{manifest.version}"]'.encode():
                     continue
                 table = table[0]
-                if table is None:
-                    raise FrameError(
-                        f"Where the frames of {shown_path(path_of(key))} lie is gone: delete the "
-                        "file and load it again."
-                    )
+                if table is None or crc32(table) != members.get("attachments.frames"):
+                    await self._through_store(self._store.frames_of, key)
+                    continue
             attributes = {
                 keyword: members[f"header.{keyword}"]
-                for keyword in OPTIONS
+                for keyword in ATTRIBUTES
                 if f"header.{keyword}" in members
             }
             syntax = members.get("transferSyntaxUID")
@@ -138,47 +173,67 @@ class Fetching:
         raise MissingChunkError(f"{shown_path(key)} is replaced faster than it can be read.")
 
     async def json(self, keys: Sequence[str]) -> list[bytes | None]:
-        """Return data sets as DICOM JSON, compressed; None for one that has none or is deleted."""
-        found: dict[str, bytes | None] = {}
-        wanted = list(dict.fromkeys(keys))
-        for _ in range(ATTEMPTS):
-            commands = [("JSON.GET", key, "$.version", "$.attachments.json") for key in wanted]
-            names, crcs = [], []
-            for key, reply in zip(wanted, await self.replies(commands), strict=True):
-                members = json.loads(reply) if isinstance(reply, bytes) else {}
-                version, crc = members.get("$.version"), members.get("$.attachments.json")
-                if not version or not crc:
-                    found[key] = None
-                    continue
-                names.append((key, f"chunk:{key}:{version[0]}:json"))
-                crcs.append(crc[0])
-            if not names:
-                break
-            (texts,) = await self.replies([("MGET", *(name for _, name in names))])
-            wanted = []
-            for (key, _), text, crc in zip(names, texts, crcs, strict=True):
-                if text is not None and crc32(text) == crc:
-                    found[key] = text
-                else:
-                    wanted.append(key)  # replaced meanwhile
-            if not wanted:
-                break
-        else:
-            raise DamagedError(f"The DICOM JSON of {shown_path(wanted[0])} is gone or damaged.")
+        """Return data sets as DICOM JSON, compressed.
+
+        It is empty for an instance that has none, and None for one that is deleted.
+
+        Raises
+        ------
+        MissingChunkError, DamagedError
+            If one is gone or damaged, and cannot be made again.
+        """
+        crcs = await self._json_crcs(keys)
+        found: dict[str, bytes | None] = {key: b"" if crc else None for key, crc in crcs.items()}
+        named = {key: crc for key, crc in crcs.items() if crc and crc[1]}
+        if named:
+            names = [f"chunk:{key}:{version}:json" for key, (version, _) in named.items()]
+            (texts,) = await self.replies([("MGET", *names)])
+            if isinstance(texts, Exception):
+                raise texts
+            found |= zip(named, texts, strict=True)
+        # Replaced meanwhile, or lost.
+        others = [key for key, (_, crc) in named.items() if crc32(found[key] or b"") != crc]
+        found |= zip(others, await asyncio.gather(*map(self._json_anew, others)), strict=True)
         return [found[key] for key in keys]
+
+    async def without_json(self, keys: Sequence[str]) -> set[str]:
+        """Return the keys of instances that have no DICOM JSON."""
+        crcs = await self._json_crcs(keys)
+        return {key for key, crc in crcs.items() if crc and not crc[1]}
+
+    async def _json_crcs(self, keys: Sequence[str]) -> dict[str, tuple[str, int | None] | None]:
+        """Return of instances their version, and their JSON's CRC-32 if they have any."""
+        wanted = list(dict.fromkeys(keys))
+        commands = [("JSON.GET", key, "$.version", "$.attachments.json") for key in wanted]
+        found: dict[str, tuple[str, int | None] | None] = {}
+        for key, reply in zip(wanted, await self.replies(commands), strict=True):
+            members = _found(key, reply) or {}
+            version, crc = members.get("$.version"), members.get("$.attachments.json")
+            found[key] = (version[0], crc[0] if crc else None) if version else None
+        return found
+
+    async def _json_anew(self, key: str) -> bytes | None:
+        try:
+            return await self._through_store(self._store.dicom_json, key) or b""
+        except NotStoredError:
+            return None
 
     # --- bytes ---
 
     async def frames(self, key: str, numbers: Sequence[int]) -> tuple[Stored, list[bytes]]:
-        """Return frames as they are stored, numbered from 0, all of one version."""
+        """Return frames as they are stored, numbered from 0, all of one version.
+
+        Those of a deflated instance are as they lie in its inflated data set.
+        """
         for _ in range(ATTEMPTS):
-            known = key in self._known
             stored = await self.stored(key)
             try:
+                if stored.syntax == DeflatedExplicitVRLittleEndian:
+                    return await self._through_store(self._inflated, stored, numbers)
                 fetched = await self.pieces(stored, [stored.frames.span(k) for k in numbers])
-            except (MissingChunkError, DamagedError):
+            except (MissingChunkError, DamagedError, FrameError):
                 self._known.pop(key, None)
-                if not known:
+                if (await self.stored(key)).manifest == stored.manifest:
                     raise
                 continue
             return stored, [
@@ -186,9 +241,37 @@ class Fetching:
             ]
         raise MissingChunkError(f"{shown_path(key)} is replaced faster than it can be read.")
 
-    async def pieces(self, stored: Stored, spans: Sequence[Span]) -> list[bytes]:
-        """Return pieces of one version of a file in one round trip."""
+    def _inflated(self, stored: Stored, numbers: Sequence[int]) -> tuple[Stored, list[bytes]]:
         manifest = stored.manifest
+        (content,) = self._store.spans(manifest, [Span(0, manifest.size)])
+        file = plain(io.BytesIO(content))
+        member, table = locate(file, {"header": stored.frames.attributes})
+        frames = dataclasses.replace(
+            stored.frames, member=member, syntax=ExplicitVRLittleEndian, table=table
+        )
+        found = []
+        for k in numbers:
+            span = frames.span(k)
+            file.seek(span.offset)
+            found.append(frames.stored(k, file.read(span.length)))
+        return stored._replace(frames=frames, is_inflated=True), found
+
+    async def pieces(self, stored: Stored, spans: Sequence[Span]) -> list[bytes]:
+        """Return pieces of one version of a file in one round trip, if Redis has them.
+
+        Raises
+        ------
+        MissingChunkError, DamagedError
+            If a chunk is gone or damaged and has no source, or the file was replaced.
+        """
+        try:
+            return await self._pieces(stored.manifest, spans)
+        except (MissingChunkError, DamagedError) as error:
+            if not error.keys:  # replaced
+                raise
+        return await self._through_store(self._store.spans, stored.manifest, spans)
+
+    async def _pieces(self, manifest: Manifest, spans: Sequence[Span]) -> list[bytes]:
         touched = [
             range(
                 manifest.number_at(span.offset),
@@ -252,14 +335,19 @@ _SETTINGS = {
 }
 
 
-def _members(key: str, reply: Any) -> dict[str, Any]:
+def _found(key: str, reply: Any) -> dict[str, Any] | None:
+    """Return a document's members by path; None if it has been deleted."""
     if isinstance(reply, redis.ResponseError):
         raise DamagedError(f"{shown_path(key)} cannot be read: there is no document.") from reply
     if isinstance(reply, Exception):
         raise reply
-    if reply is None:
+    return None if reply is None else dict(json.loads(reply))
+
+
+def _members(key: str, reply: Any) -> dict[str, Any]:
+    found = _found(key, reply)
+    if found is None:
         raise NotStoredError(f"{shown_path(path_of(key))} has been deleted.")
-    found = json.loads(reply)
     return {name: values[0] for name in MEMBERS if (values := found.get(f"$.{name}"))}
 
 

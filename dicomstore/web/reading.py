@@ -5,27 +5,21 @@ from __future__ import annotations
 import io
 import json
 import re
-import zlib
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import pydicom
 from PIL import Image
-from pydicom.dataset import FileMetaDataset
-from pydicom.filebase import DicomBytesIO
-from pydicom.filewriter import write_file_meta_info
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 
 from dicomstore.errors import NotDicomError
 from dicomstore.imaging import header, rendering
 from dicomstore.store import DicomStore
 from dicomstore.web.fetching import Stored
+from dicomstore.web.inflating import plain
 
 IMAGES = {"image/jpeg": "JPEG", "image/png": "PNG"}
 #: Rows or columns of an image that is made.
 LONGEST_SIDE = 4096
-#: A deflated data set is not inflated beyond this (bytes).
-INFLATED_BYTES = 256 * 1024 * 1024
 FUNCTIONS = {"linear": "LINEAR", "linear-exact": "LINEAR_EXACT", "sigmoid": "SIGMOID"}
 
 
@@ -93,7 +87,7 @@ def image(store: DicomStore, key: str, k: int, kind: str, shown: Shown) -> bytes
     with store.open(key) as stored:
         if header.dataset_start(cast(BinaryIO, stored)) is None:
             raise NotShownError("A slide is not shown here.", is_absent=False)
-        file = _plain(cast(BinaryIO, stored))
+        file = plain(cast(BinaryIO, stored))
         syntax = header.dataset_syntax(file)
         try:
             array = rendering.render_file(file, k, syntax, longest=10**9, window=shown.window)
@@ -144,7 +138,7 @@ def bulk(store: DicomStore, key: str, where: str, most: int) -> bytes | None:
         start = header.dataset_start(cast(BinaryIO, stored))
         if start is None:
             raise NotDicomError("A slide has no bulk data.")
-        file = _plain(cast(BinaryIO, stored))
+        file = plain(cast(BinaryIO, stored))
         file.seek(0 if start == 132 else start)
         top = int(steps[0], 16)
         dataset = pydicom.dcmread(file, force=True, specific_tags=[top], stop_before_pixels=False)
@@ -158,21 +152,6 @@ def bulk(store: DicomStore, key: str, where: str, most: int) -> bytes | None:
                 dataset = element.value[int(number)]
         value = element.value
         return value if isinstance(value, bytes) and len(value) <= most else None
-
-
-def _plain(file: BinaryIO) -> BinaryIO:
-    """Return a DICOM file, inflated if it is deflated (PS3.5 A.5)."""
-    if header.dataset_syntax(file) != DeflatedExplicitVRLittleEndian:
-        return file
-    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    dataset = inflater.decompress(file.read(INFLATED_BYTES), INFLATED_BYTES)
-    if inflater.unconsumed_tail:
-        raise ValueError("The deflated data set is too large.")
-    meta = FileMetaDataset()
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    head = DicomBytesIO()
-    write_file_meta_info(head, meta, enforce_standard=False)
-    return io.BytesIO(b"\0" * 128 + b"DICM" + head.getvalue() + dataset)
 
 
 def dumped(found: list[dict[str, Any]]) -> bytes:
