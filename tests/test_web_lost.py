@@ -228,3 +228,14 @@ def test_the_documented_requests_are_answered(store, tmp_path):
             )  # fmt: skip
             assert done.returncode == 0, done.stderr
             assert json.loads(done.stdout)
+
+
+def test_a_study_is_described_by_the_instance_stored_first(store):
+    """What is said of a study or series is what the instance says that was stored first."""
+    for name, patient in (("b.dcm", "first"), ("a.dcm", "second"), ("c.dcm", "third")):
+        number = len(patient)
+        store.put(name, dicom(**UIDS, SOPInstanceUID=f"1.4.{number}", PatientID=patient))
+    with serving(store) as address:
+        for path in ("/studies?includefield=PatientID", "/series?includefield=PatientID"):
+            (found,) = json.loads(get(address, path)[2])
+            assert found["00100020"]["Value"] == ["first"]

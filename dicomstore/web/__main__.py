@@ -30,6 +30,11 @@ def parser() -> argparse.ArgumentParser:
         "The Redis is that of $REDIS_URL, else an embedded one.",
     )
     found.add_argument("folder", nargs="*", type=Path, help="load this first: a file or a folder")
+    found.add_argument(
+        "--source",
+        metavar="FOLDER",
+        help="folder or URL that the files were loaded from: what Redis has lost comes from there",
+    )
     found.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
     found.add_argument(
         "--port", type=int, default=8042, help="port to listen at, 0 for any free one (%(default)s)"
@@ -62,7 +67,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if options.viewer is not None and not (options.viewer / "index.html").is_file():
             raise ValueError(f"{options.viewer} is not a built viewer: it has no index.html.")
         client = connect()
-        with DicomStore(client) as store:
+        with DicomStore(client, source=options.source) as store:
             for folder in options.folder:
                 store.load(folder)
             store.count_by("modality")  # makes the index, if there is none

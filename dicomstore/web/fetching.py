@@ -30,7 +30,7 @@ from dicomstore.errors import (
 from dicomstore.imaging.frames import OPTIONS, Frames, Span, locate
 from dicomstore.keys import path_of, shown_path
 from dicomstore.store import DicomStore
-from dicomstore.web.inflating import plain
+from dicomstore.web import inflating
 
 #: What decoding a frame needs to know, and finding it in a data set that is inflated first.
 ATTRIBUTES = (*OPTIONS, "NumberOfFrames")
@@ -110,6 +110,7 @@ class Fetching:
         self._known: OrderedDict[str, Stored] = OrderedDict()
         self._store = store
         self._threads = ThreadPoolExecutor(THREADS, "dicomweb-store")
+        self._inflating = asyncio.Lock()  # one at a time: each may take much memory
 
     async def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -229,7 +230,8 @@ class Fetching:
             stored = await self.stored(key)
             try:
                 if stored.syntax == DeflatedExplicitVRLittleEndian:
-                    return await self._through_store(self._inflated, stored, numbers)
+                    async with self._inflating:
+                        return await self._through_store(self._inflated, stored, numbers)
                 fetched = await self.pieces(stored, [stored.frames.span(k) for k in numbers])
             except (MissingChunkError, DamagedError, FrameError):
                 self._known.pop(key, None)
@@ -243,8 +245,10 @@ class Fetching:
 
     def _inflated(self, stored: Stored, numbers: Sequence[int]) -> tuple[Stored, list[bytes]]:
         manifest = stored.manifest
+        if manifest.size > inflating.INFLATED_BYTES:
+            raise inflating.TooLargeError("The deflated instance is too large.")
         (content,) = self._store.spans(manifest, [Span(0, manifest.size)])
-        file = plain(io.BytesIO(content))
+        file = inflating.plain(io.BytesIO(content))
         member, table = locate(file, {"header": stored.frames.attributes})
         frames = dataclasses.replace(
             stored.frames, member=member, syntax=ExplicitVRLittleEndian, table=table
