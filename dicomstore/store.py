@@ -34,7 +34,7 @@ from dicomstore.loading import Load, Loader, walk
 from dicomstore.prefetching import Around, Prefetch, Prefetcher
 from dicomstore.reading import Reading
 from dicomstore.server.connection import Client, Server
-from dicomstore.tier import Tier
+from dicomstore.tier import Mender, Tier
 from dicomstore.viewing import Viewing
 
 UNINDEXED = "stored, but no search finds it: a value does not fit the type of an indexed field"
@@ -527,7 +527,7 @@ class DicomStore:
         if names is None:
             keys = self._catalogue.keys_of(**_below(under, conditions))
         else:
-            keys = self._keys(names, under)
+            keys = self._keys(names, under, self._reading.mender())
         if not keys:
             raise NotStoredError("No instance fits these conditions: there is nothing to show.")
         volumes = self._viewing.volumes(keys, split=split)
@@ -572,6 +572,9 @@ class DicomStore:
     def verify(self, names: Any = None, *, under: str = "") -> pd.DataFrame:
         """Check stored files: their chunks' lengths and CRC-32, and their BLAKE3.
 
+        Where a file's frames lie, and its data set as DICOM JSON, are stored beside the chunks and
+        are checked by their CRC-32. Nothing is mended.
+
         Parameters
         ----------
         names, under
@@ -581,8 +584,9 @@ class DicomStore:
         -------
         pandas.DataFrame
             One row for every document: ``path``, ``key``, ``size`` (bytes), ``hot`` (the share of
-            its bytes that Redis has, 0 to 1), ``status`` (ok, damaged, or cold where chunks are
-            only in the source) and ``reason``, which names every chunk that is gone or damaged.
+            its bytes that Redis has, 0 to 1), ``status`` (ok, damaged, or, with a source, cold
+            where chunks or what lies beside them are gone and nothing is damaged) and ``reason``,
+            which names every key that is gone or damaged where the status is damaged.
         """
         keys = self._keys(names, under)
         return restoring.verify(
@@ -590,12 +594,15 @@ class DicomStore:
             has_source=self._tier.has_source, shown=self.progress,
         )  # fmt: skip
 
-    def _keys(self, names: Any, under: str) -> list[str]:
-        """Return the keys of the named files, of all by default; only those in a folder."""
+    def _keys(self, names: Any, under: str, mender: Mender | None = None) -> list[str]:
+        """Return the keys of the named files, of all by default; only those in a folder.
+
+        A named file whose document is gone comes from `mender`.
+        """
         if names is None:
             keys = self._versions.keys()
         else:
-            found = (self._reading.members(name, ("version",))[0] for name in _names(names))
+            found = (self._reading.members(name, ("version",), mender)[0] for name in _names(names))
             keys = list(dict.fromkeys(found))
         folder = _folder(under)
         return [key for key in keys if path_of(key).startswith(folder)]

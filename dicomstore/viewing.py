@@ -22,6 +22,7 @@ from dicomstore.blobs.manifest import (
     STORAGE_MEMBERS,
     Document,
     Manifest,
+    parse_document,
     parse_manifest,
 )
 from dicomstore.blobs.versions import Versions
@@ -29,7 +30,6 @@ from dicomstore.errors import (
     DamagedError,
     MissingChunkError,
     NotDicomError,
-    NotStoredError,
 )
 from dicomstore.imaging.frames import OPTIONS, Frames, is_sound, locate
 from dicomstore.imaging.header import dataset_start, read
@@ -212,17 +212,17 @@ class Viewing:
     def _instances(self, keys: Sequence[str]) -> list[_Stored]:
         found = self._versions.stored(keys, VOLUME_MEMBERS)
         stored = []
+        members: Mapping[str, Any]
         for key, one in zip(keys, found, strict=True):
             if isinstance(one, Exception):
                 raise one
-            if one is None or one.document is None:
-                raise NotStoredError(
-                    f"{shown_path(key)} is not stored, or its document is damaged."
-                )
-            header = one.members.get("header", {})
-            stored.append(
-                _Stored(one.document, self._frames(one.document.manifest, one.members, header))
-            )
+            if one is None or one.document is None:  # evicted, or damaged since it was found
+                key, members = self._reading.members(key, VOLUME_MEMBERS, self._reading.mender())
+                document = parse_document(key, members)
+            else:
+                document, members = one.document, one.members
+            frames = self._frames(document.manifest, members, members.get("header", {}))
+            stored.append(_Stored(document, frames))
         return stored
 
     def _instance(self, stored: _Stored) -> Instance:

@@ -1,13 +1,20 @@
 """A tier with a source mends what lies beside the chunks, and leaves alone what is permanent."""
 
+import json
+import random
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
+from blake3 import blake3
 from conftest import PYDICOM_FILES
 from samples import dicom
 
+from demo.ct import write_sample_ct
 from dicomstore import DicomStore
-from dicomstore.errors import DamagedError, MissingChunkError, VolumeError
+from dicomstore.errors import DamagedError, MissingChunkError, NotStoredError, VolumeError
 from dicomstore.imaging import describing
 
 IMAGE = dicom(pixels=bytes(range(256)) * 20, Rows=1)
@@ -153,3 +160,87 @@ def test_what_expires_goes_on_expiring(client, tmp_path):
         client.delete(*lost)
         assert tier.read("a") == IMAGE
         assert all(90 < client.ttl(key) <= 100 for key in keys)
+
+
+# --- documents that were evicted -----------------------------------------------------------------
+
+MANY = {
+    "volume": lambda store, keys: store.volume(keys).array,
+    "evicted since they were found": lambda store, keys: (
+        store._viewing.volumes(keys, split=False)[0].array
+    ),
+    "read_many": lambda store, keys: np.stack(
+        [np.frombuffer(content, np.uint8) for content in store.read_many(keys).values()]
+    ),
+}
+
+
+@pytest.mark.parametrize("way", MANY)
+def test_a_series_whose_documents_were_evicted(way, client, tmp_path):
+    """A series is read as a whole whether its documents are there or only in the source."""
+    write_sample_ct(tmp_path, slices=3, side=16)
+    tier = DicomStore(client, progress=False, source=tmp_path)
+    keys = tier.load(tmp_path)["key"].tolist()
+    expected = MANY[way](tier, keys)
+    client.delete(*keys[:2])
+    with pytest.raises(NotStoredError, match=keys[0].removeprefix("file:")):
+        MANY[way](DicomStore(client, progress=False), keys)
+    assert np.array_equal(MANY[way](tier, keys), expected)
+    assert tier.verify()["status"].tolist() == ["ok"] * 3
+
+
+# --- a source that changes all the time ----------------------------------------------------------
+
+READERS, ROUNDS = 4, 40
+
+
+@pytest.mark.parametrize("way", ["read", "open"])
+def test_readers_of_a_source_that_changes(way, client, tmp_path):
+    """Bytes are those of one version, and of the one that the document names, or it is said."""
+    images = [dicom(pixels=bytes([number]) * 5000, Rows=1) for number in range(8)]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a").write_bytes(images[0])
+    tier = DicomStore(client, chunk_size=1000, progress=False, source=folder)
+    tier.load(folder)
+    is_over = threading.Event()
+
+    def document():
+        return json.loads(client.execute_command("JSON.GET", "file:a", "version", "blake3"))
+
+    def change():
+        number = 0
+        while not is_over.is_set():
+            number += 1
+            (tmp_path / "new").write_bytes(images[number % len(images)])
+            (tmp_path / "new").replace(folder / "a")
+
+    def read(seed):
+        chosen, answered = random.Random(seed), 0
+        for _ in range(ROUNDS):
+            keys, before = tier.manifest("a").chunk_keys(), document()
+            client.delete(*chosen.sample(keys, chosen.randint(1, len(keys))))
+            try:
+                if way == "read":
+                    content = tier.read("a")
+                else:
+                    with tier.open("a", cache_bytes=1000) as file:
+                        content = b"".join(iter(lambda: file.read(700), b""))
+            except (MissingChunkError, DamagedError):
+                continue
+            assert content in images
+            if document() == before:
+                assert blake3(content).hexdigest() == before["blake3"]
+            answered += 1
+        return answered
+
+    with ThreadPoolExecutor(READERS + 1) as pool:
+        changing = pool.submit(change)
+        try:
+            answered = sum(pool.map(read, range(READERS)))
+        finally:
+            is_over.set()
+        changing.result()
+    assert answered
+    assert tier.read("a") in images
+    assert tier.verify()["status"].tolist() == ["ok"]
