@@ -42,7 +42,7 @@ REQUEST_BYTES = 1 << 20  # payload of one request: one MGET, or several SETs
 REQUEST_CHUNKS = 1024  # as many as os.preadv takes in one call
 #: Under way at a time, on all connections. With more of them bytes come no faster, and what others
 #: ask the server waits behind all of them.
-REQUESTS = 4
+REQUESTS = 2
 SCRATCH_BYTES = 32 << 10
 WAITING = 8  # requests whose bytes copy() holds until they are passed on, beside those under way
 CONNECTING = 64  # connections opened at a time: the usual listen backlog is 511
