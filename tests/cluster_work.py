@@ -11,18 +11,12 @@ from dicomstore.errors import MissingChunkError, NotStoredError
 from dicomstore.server.connection import Server, connect
 
 
-class Work:
-    """Writers and a reader at work through servers of their own until told to stop."""
+class Threads:
+    """Threads that are at work for the length of a ``with`` block, until `_over` is set."""
 
-    def __init__(self, url, keys, *, patience=30.0):
-        self.written = {key: 0 for key in keys}
-        self.acknowledged = {key: [] for key in keys}
-        self.failures, self.reads = [], 0
+    def __init__(self, jobs):
         self._over = threading.Event()
-        jobs = [(self._write, keys[turn::2]) for turn in range(2)] + [(self._read, keys)]
-        self._threads = [
-            threading.Thread(target=self._do, args=(url, patience, *job)) for job in jobs
-        ]
+        self._threads = [threading.Thread(target=self._do, args=job) for job in jobs]
 
     def __enter__(self):
         for thread in self._threads:
@@ -33,6 +27,17 @@ class Work:
         self._over.set()
         for thread in self._threads:
             thread.join()
+
+
+class Work(Threads):
+    """Writers and a reader at work through servers of their own until told to stop."""
+
+    def __init__(self, url, keys, *, patience=30.0):
+        self.written = {key: 0 for key in keys}
+        self.acknowledged = {key: [] for key in keys}
+        self.failures, self.reads = [], 0
+        jobs = [(self._write, keys[turn::2]) for turn in range(2)] + [(self._read, keys)]
+        super().__init__([(url, patience, *job) for job in jobs])
 
     def _do(self, url, patience, job, keys):
         try:
@@ -71,7 +76,7 @@ class Work:
         self.reads += 1
 
 
-class StoreWork:
+class StoreWork(Threads):
     """Stores of their own that put, replace and read files until told to stop.
 
     `replaced` counts only one of the two that replace; `refused` counts the reads of lost files.
@@ -81,22 +86,13 @@ class StoreWork:
         self.url, self.shared = url, shared
         self.loaded, self.failures, self.reads = [], [], 0
         self.replaced = self.refused = 0
-        self._over = threading.Event()
-        jobs = [(self._replace, 0), (self._replace, 1), (self._add, 2), (self._read, 3)]
-        self._threads = [threading.Thread(target=self._do, args=job) for job in jobs]
+        super().__init__([(self._replace, 0), (self._replace, 1), (self._add, 2), (self._read, 3)])
 
     def __enter__(self):
         with connect(self.url) as client, self.store(client) as store:
             for name in self.shared:
                 store.put(name, self.image(name, 0))
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._over.set()
-        for thread in self._threads:
-            thread.join()
+        return super().__enter__()
 
     @staticmethod
     def store(client):

@@ -154,6 +154,14 @@ def damage_some(client, manifests):
     return count
 
 
+def write_images(folder, count):
+    """Write files of different images; return the bytes of each by its name."""
+    images = {f"{n}": dicom(Rows=n + 1, pixels=random.randbytes(20_000)) for n in range(count)}
+    for path, image in images.items():
+        (folder / path).write_bytes(image)
+    return images
+
+
 def mended_damage(rounds):
     """Chunks damaged and deleted, mended by `load(repair=True)` while others read."""
     with contextlib.ExitStack() as stack:
@@ -161,9 +169,7 @@ def mended_damage(rounds):
         server = stack.enter_context(RedisServer())
         clients = [stack.enter_context(connect(server.url)) for _ in range(3)]
         pool = stack.enter_context(ThreadPoolExecutor(2))
-        images = {f"{n}": dicom(Rows=n + 1, pixels=random.randbytes(20_000)) for n in range(6)}
-        for path, image in images.items():
-            (folder / path).write_bytes(image)
+        images = write_images(folder, 6)
         store = store_of(clients[0])
         store.load(folder)
         manifests = [store.manifest(path) for path in images]
@@ -206,9 +212,7 @@ def refills(rounds):
         server = stack.enter_context(RedisServer())
         clients = [stack.enter_context(connect(server.url)) for _ in range(8)]
         pool = stack.enter_context(ThreadPoolExecutor(8))
-        images = {f"{n}": dicom(Rows=n + 1, pixels=random.randbytes(20_000)) for n in range(3)}
-        for path, image in images.items():
-            (folder / path).write_bytes(image)
+        images = write_images(folder, 3)
         tiers = [store_of(client, source=folder) for client in clients]
         tiers[0].load(folder)
         manifests = [tiers[0].manifest(path) for path in images]

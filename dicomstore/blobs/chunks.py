@@ -6,6 +6,7 @@ than one batch, over connections of their own.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import math
@@ -184,14 +185,16 @@ class Chunks:
         """Fill `view`, which is as long as the file; lost chunks come from `mend`."""
         if self._goes_by_wire(document.manifest.size):
             chunks = document.manifest.chunks()
-            try:
-                self._stream_out(
-                    document, lambda stream: stream.fetch(chunks, view, crcs=document.crc)
-                )
+
+            def fetch(stream: ChunkStream) -> Awaitable[None]:
+                return stream.fetch(chunks, view, crcs=document.crc)
+
+            if mend is None:
+                self._stream_out(document, fetch)
                 return
-            except (MissingChunkError, DamagedError):
-                if mend is None:
-                    raise
+            with contextlib.suppress(MissingChunkError, DamagedError):
+                self._stream(fetch)
+                return
         position = 0
         for chunk in self.in_order(document, mend):
             view[position : position + len(chunk)] = chunk
