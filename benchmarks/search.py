@@ -1,45 +1,39 @@
 """Searching, beside what one has otherwise: cost against size, and the three scenarios, in one run.
 
-Synthetic documents of the same shape as ours show what a search costs among 1,000 to 200,000 of
-them; the scenarios run on pydicom's real files, beside the published method and an SQLite table.
+Synthetic documents of the same shape as ours show what a search costs among 1,000 to 1,000,000 of
+them; the scenarios run on pydicom's real files, beside the published method, the bare commands and
+an SQLite table.
 Run it with `make bench-search`.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.util
+import functools
 import json
 import random
-import sqlite3
 import statistics
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from datetime import date, timedelta
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import matplotlib.pyplot as plt
-import pandas as pd
-import pydicom
-from redis.commands.search.aggregation import AggregateRequest
-from redis.commands.search.query import Query
-from redis.commands.search.reducers import count
+import numpy as np
 from reporting import machine
+from scenarios import scenarios, timed
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from dicomstore import DicomStore, connect, words  # noqa: E402 - run in place, not installed
-from dicomstore.errors import NoThumbnailError  # noqa: E402
 from dicomstore.server.embedded import RedisServer  # noqa: E402
 
 SIZES = (1_000, 10_000, 100_000, 200_000, 1_000_000)
 BATCH = 1000
-PUBLISHED_CHUNK = 5 * 1024
 TABLE = PROJECT / "benchmarks" / "search.md"
 FIGURE = PROJECT / "images" / "search_scale.png"
 MODALITIES = {"CT": 45, "MR": 30, "CR": 8, "DX": 6, "US": 6, "PT": 3, "MG": 2}
@@ -80,8 +74,28 @@ def documents(first: int, last: int, *, thumbnails: bool = True) -> Iterator[tup
             "transferSyntaxUID": "1.2.840.10008.1.2.1",
         }  # fmt: skip
         if thumbnails:
-            document["thumbnail"] = [of_series.randrange(256) for _ in range(64)]
+            document["thumbnail"] = likeness_of(
+                body_part, str(document["modality"]), series, number
+            )
         yield key, json.dumps(document)
+
+
+@functools.lru_cache(maxsize=1000)
+def pattern(seed: str, squares: int, spread: float) -> Any:
+    """Return 8 x 8 random grey levels around zero, in so many squares a side."""
+    levels = np.random.default_rng(zlib.crc32(seed.encode())).normal(0, spread, (squares, squares))
+    return np.kron(levels, np.ones((8 // squares, 8 // squares)))
+
+
+def likeness_of(body_part: str, modality: str, series: int, number: int) -> list[int]:
+    """Return a thumbnail of 8 x 8 grey levels, about as alike as those of real images.
+
+    A body part looks about the same in a modality, a series differs, and each image a little more.
+    """
+    levels = pattern(f"{body_part} {modality}", 4, 60) + pattern(f"series {series}", 4, 20)
+    noise = np.random.default_rng(number).normal(110, 5, (8, 8))
+    found: list[int] = (levels + noise).clip(0, 255).astype(int).ravel().tolist()
+    return found
 
 
 def fill(client: Any, first: int, last: int, *, thumbnails: bool = True) -> float:
@@ -94,12 +108,6 @@ def fill(client: Any, first: int, last: int, *, thumbnails: bool = True) -> floa
                 pipe.execute_command("JSON.SET", key, "$", text)
             taken += timed(pipe.execute)
     return taken
-
-
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def searches(store: DicomStore) -> dict[str, Callable[[], Any]]:
@@ -119,11 +127,73 @@ def searches(store: DicomStore) -> dict[str, Callable[[], Any]]:
     }
 
 
+def graph_beside(client: Any, size: int) -> str:
+    """Return as Markdown what the other kind of vector index, HNSW, does with the same documents.
+
+    FLAT compares with every thumbnail; HNSW walks a graph of them, and may miss some. Each is asked
+    for the 10 nearest of thumbnails that no document has.
+    """
+    flat = client.execute_command("FT.INFO", "file:idx")[b"index_name"]
+    before = client.info("memory")["used_memory"]
+    vector = ["TYPE", "FLOAT32", "DIM", "64", "DISTANCE_METRIC", "L2", "M", "16"]
+    kind = ["VECTOR", "HNSW", str(len(vector) + 2), *vector, "EF_CONSTRUCTION", "200"]
+    schema = ["$.thumbnail", "AS", "thumbnail", *kind]
+
+    def build() -> None:
+        create = ["FT.CREATE", "graph", "ON", "JSON", "PREFIX", "1", "file:", "SCHEMA"]
+        client.execute_command(*create, *schema)
+        while client.execute_command("FT.INFO", "graph")[b"indexing"]:
+            time.sleep(0.1)
+
+    built = timed(build)
+    bytes_each = (client.info("memory")["used_memory"] - before) / size
+    wanted = [
+        np.array(likeness_of(body_part, "CT", size + number, size + number), dtype="<f4").tobytes()
+        for number, body_part in enumerate(BODY_PARTS * 10)
+    ]
+
+    def nearest(index: str | bytes, vector: bytes, effort: int | None) -> list[bytes]:
+        attributes = f"EF_RUNTIME {effort}" if effort else ""
+        reply = client.execute_command(
+            "FT.SEARCH", index, f"*=>[KNN 10 @thumbnail $v {attributes}]", "SORTBY",
+            "__thumbnail_score", "NOCONTENT", "LIMIT", "0", "10", "PARAMS", "2", "v", vector,
+            "DIALECT", "2", "TIMEOUT", "60000",
+        )  # fmt: skip
+        return [hit[b"id"] for hit in reply[b"results"]]
+
+    exact = [set(nearest(flat, sought, None)) for sought in wanted]
+    ways = {"FLAT": (flat, None), **{f"HNSW, EF_RUNTIME {n}": ("graph", n) for n in (10, 50, 200)}}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    found = dict.fromkeys(ways, 0)
+    for sought, right in zip(wanted, exact, strict=True):
+        for name, (index, effort) in ways.items():
+            start = time.perf_counter()
+            keys = nearest(index, sought, effort)
+            seconds[name].append(time.perf_counter() - start)
+            found[name] += len(right.intersection(keys))
+    client.execute_command("FT.DROPINDEX", "graph")
+    lines = [
+        "",
+        f"| the 10 most alike of {size:,} | ms | 10% to 90% | of them found |",
+        "|---|---:|---:|---:|",
+    ]
+    for name in ways:
+        low, median, high = quantiles(seconds[name])
+        share = found[name] / (10 * len(seconds[name]))
+        lines.append(f"| {name} | {median:.2f} | {low:.2f} to {high:.2f} | {share:.3f} |")
+    lines += [
+        "",
+        f"The HNSW index (M 16, EF_CONSTRUCTION 200) was built at {size / built:,.0f} documents a "
+        f"second and takes {bytes_each:,.0f} bytes a document.",
+    ]
+    return "\n".join(lines)
+
+
 Costs = dict[str, dict[int, list[float]]]
 
 
-def scale(sizes: tuple[int, ...], rounds: int) -> tuple[Costs, dict[int, float]]:
-    """Return the seconds of each search at each size, and documents loaded per second."""
+def scale(sizes: tuple[int, ...], rounds: int) -> tuple[Costs, dict[int, float], str]:
+    """Return the seconds of each search at each size, documents loaded per second, and HNSW's."""
     costs: Costs = {}
     rates = {}
     with RedisServer() as server:
@@ -140,8 +210,9 @@ def scale(sizes: tuple[int, ...], rounds: int) -> tuple[Costs, dict[int, float]]
                     if number:  # not the first, which warms up
                         costs.setdefault(name, {}).setdefault(size, []).append(taken)
             print(f"{size} documents measured", flush=True)
+        graph = graph_beside(client, stored)
         client.close()
-    return costs, rates
+    return costs, rates, graph
 
 
 def memory(documents_each: int = 20_000) -> dict[str, float]:
@@ -158,175 +229,6 @@ def memory(documents_each: int = 20_000) -> dict[str, float]:
     return found
 
 
-# --- the three scenarios -------------------------------------------------------------------------
-
-
-class Published:
-    """The published method: 5 KB chunks, one GET for each, the whole document for a search."""
-
-    FIELDS = ("protocolName", "patientSex", "studyDate", "manufacturer")
-
-    def __init__(self, client: Any, files: dict[str, tuple[dict[str, Any], bytes]]) -> None:
-        self.client = client
-        schema = ["$.protocolName", "AS", "protocolName", "TAG", "$.patientSex", "AS", "patientSex",
-                  "TAG", "$.studyDate", "AS", "studyDate", "NUMERIC", "$.manufacturer", "AS",
-                  "manufacturer", "TAG"]  # fmt: skip
-        client.execute_command(
-            "FT.CREATE", "published", "ON", "JSON", "PREFIX", "1", "image:", "SCHEMA", *schema
-        )
-        for name, (members, content) in files.items():
-            pieces = range(0, len(content), PUBLISHED_CHUNK)
-            chunks = [f"piece:{name}:{n}" for n in range(len(pieces))]
-            for chunk, start in zip(chunks, pieces, strict=True):
-                client.set(chunk, content[start : start + PUBLISHED_CHUNK])
-            fields = {field: members[field] for field in self.FIELDS if field in members}
-            document = {"imageName": name, **fields, "chunks": chunks}
-            client.json().set(f"image:{name}", "$", document)
-
-    def _chunks(self, keys: list[str]) -> bytes:
-        return b"".join(self.client.get(key) for key in keys)
-
-    def known(self, name: str) -> bytes:
-        return self._chunks(self.client.json().get(f"image:{name}")["chunks"])
-
-    def search(self) -> bytes:
-        query = Query("@protocolName:{194} @studyDate:[20190101 20191231]")
-        (found,) = self.client.ft("published").search(query).docs
-        return self._chunks(json.loads(found.json)["chunks"])
-
-    def count(self) -> dict[str, int]:
-        request = AggregateRequest("*").group_by("@protocolName", count().alias("count"))
-        rows = self.client.ft("published").aggregate(request).rows
-        found = {row[1]: int(row[3]) for row in rows if row[1] is not None}
-        return {name.decode(): number for name, number in found.items()}
-
-
-class Table:
-    """The same files in an SQLite table on disk, with an index on what is searched."""
-
-    def __init__(self, path: Path, files: dict[str, tuple[dict[str, Any], bytes]]) -> None:
-        self.database = sqlite3.connect(path)
-        self.database.execute("CREATE TABLE image (name TEXT PRIMARY KEY, protocol, day, content)")
-        self.database.execute("CREATE INDEX searched ON image (protocol, day)")
-        rows = [
-            (name, members.get("protocolName"), members.get("studyDate"), content)
-            for name, (members, content) in files.items()
-        ]
-        self.database.executemany("INSERT INTO image VALUES (?, ?, ?, ?)", rows)
-        self.database.commit()
-
-    def known(self, name: str) -> Any:
-        query = "SELECT content FROM image WHERE name = ?"
-        return self.database.execute(query, [name]).fetchone()[0]
-
-    def search(self) -> Any:
-        query = "SELECT content FROM image WHERE protocol = ? AND day BETWEEN ? AND ?"
-        return self.database.execute(query, ["194", 20190101, 20191231]).fetchone()[0]
-
-    def count(self) -> dict[str, int]:
-        query = "SELECT protocol, count(*) FROM image WHERE protocol NOT NULL GROUP BY protocol"
-        return dict(self.database.execute(query).fetchall())
-
-
-def scenarios(rounds: int) -> tuple[dict[str, dict[str, list[float]]], dict[str, int], str]:
-    """Return the seconds of each scenario by method, the files of each, and what `similar` finds.
-
-    The published method has the files of its published counts and the known file; the others have
-    all files.
-    """
-    known = "test_files/JPGExtended.dcm"
-    root = Path(pydicom.__file__).parent / "data"
-    with TemporaryDirectory() as folder, RedisServer() as server:
-        client = connect(server.url)
-        store = DicomStore(client, progress=False)
-        store.load(root)
-        files: dict[str, tuple[dict[str, Any], bytes]] = {}
-        for row in store.find().to_dict("records"):
-            members = {str(name): value for name, value in row.items() if pd.notna(value)}
-            files[row["path"]] = (members, (root / row["path"]).read_bytes())
-        its_own = {
-            name: file
-            for name, file in files.items()
-            if name == known or file[0].get("protocolName") not in (None, "t1_vibe_fs_tra_bh_dyn")
-        }
-        # A client of its own: json() changes how a client reads replies.
-        published = Published(connect(server.url), its_own)
-        table = Table(Path(folder) / "images.db", files)
-
-        def ours_search() -> Any:
-            days = ("2019-01-01", "2019-12-31")
-            found = store.find(protocolName="194", studyDate=days, columns=())
-            return store.read(found["key"].iloc[0])
-
-        methods: dict[str, dict[str, Callable[[], Any]]] = {
-            "1. known file": {
-                "published": lambda: published.known(known),
-                "this project": lambda: store.read(known),
-                "SQLite": lambda: table.known(known),
-            },
-            "2. find, then read": {
-                "published": published.search,
-                "this project": ours_search,
-                "SQLite": table.search,
-            },
-            "3. count by protocol": {
-                "published": published.count,
-                "this project": lambda: store.count_by("protocolName").to_dict(),
-                "SQLite": table.count,
-            },
-        }
-        for name, ways in methods.items():  # every method has the same answer
-            answers = [way() for way in ways.values()]
-            if name.startswith("3."):
-                answers = [{key: n for key, n in a.items() if key[:2] != "t1"} for a in answers]
-            if any(answer != answers[0] for answer in answers):
-                raise AssertionError(f"{name}: the methods differ")
-        seconds: dict[str, dict[str, list[float]]] = {name: {} for name in methods}
-        for number in range(rounds + 1):
-            for name, ways in methods.items():
-                for way, work in ways.items():
-                    taken = timed(work)
-                    if number:
-                        seconds[name].setdefault(way, []).append(taken)
-        published.client.close()
-        client.close()
-    counts = {"published": len(its_own), "this project": len(files), "SQLite": len(files)}
-    return seconds, counts, likeness(root)
-
-
-def likeness(root: Path) -> str:
-    """Return for how many real images the nearest other is of the same series or body part."""
-    spec = importlib.util.find_spec("data_store")  # the package pydicom-data
-    with RedisServer() as server:
-        client = connect(server.url)
-        store = DicomStore(client, progress=False)
-        store.load(root)
-        if spec is not None and spec.origin is not None:
-            store.load(Path(spec.origin).parent / "data", under="pydicom-data")
-        columns = ("modality", "bodyPartExamined", "seriesInstanceUID")
-        rows = store.find(columns=columns).set_index("key")
-        nearest = {}
-        for key in rows.index:
-            with contextlib.suppress(NoThumbnailError):
-                nearest[key] = store.similar(str(key), 1)["key"].iloc[0]
-        rows = rows.loc[list(nearest)]
-        alike = others = 0
-        for key, row in rows.iterrows():
-            part = (rows["modality"] == row["modality"]) & (
-                rows["bodyPartExamined"] == row["bodyPartExamined"]
-            )
-            same = (rows["seriesInstanceUID"] == row["seriesInstanceUID"]) | part
-            if same.drop(key).any():
-                others += 1
-                alike += bool(same[nearest[key]])
-        client.close()
-    return (
-        f"Of {len(rows)} real images with a thumbnail, {others} have another one of the same "
-        f"series, or of the same body part and modality; for {alike} of these "
-        f"({alike / others:.2f}) the nearest other image is such a one."
-    )
-
-
 # --- results -------------------------------------------------------------------------------------
 
 
@@ -336,12 +238,18 @@ def quantiles(seconds: list[float]) -> tuple[float, float, float]:
     return 1000 * cuts[0], 1000 * statistics.median(seconds), 1000 * cuts[-1]
 
 
+def ratio(these: list[float], those: list[float]) -> float:
+    """Return the median of the ratios, round by round."""
+    return statistics.median(a / b for a, b in zip(these, those, strict=True))
+
+
 def report(
     costs: Costs,
     rates: dict[int, float],
     bytes_each: dict[str, float],
     seconds: dict[str, dict[str, list[float]]],
     counts: dict[str, int],
+    graph: str,
     alike: str,
 ) -> str:
     """Return the results as Markdown."""
@@ -360,17 +268,18 @@ def report(
     lines += ["", "| Redis memory of a document and its part of the index | bytes |", "|---|---:|"]
     lines += [f"| 16 fields, without `header`, {n} | {b:,.0f} |" for n, b in bytes_each.items()]
     lines += [
+        graph,
         "",
-        "| scenario | method | files | ms | 10% to 90% | published / this, round by round |",
+        "| scenario | method | files | ms | 10% to 90% | published / this | this / bare commands |",
     ]
-    lines += ["|---|---|---:|---:|---:|---:|"]
+    lines += ["|---|---|---:|---:|---:|---:|---:|"]
     for name, ways in seconds.items():
         for way, times in ways.items():
             low, median, high = quantiles(times)
-            ratios = [b / a for a, b in zip(times, ways["published"], strict=True)]
             lines.append(
                 f"| {name} | {way} | {counts[way]} | {median:.3f} | {low:.3f} to {high:.3f} | "
-                f"{statistics.median(ratios):.2f} |"
+                f"{ratio(ways['published'], times):.2f} | "
+                f"{ratio(times, ways['bare commands']):.2f} |"
             )
     first, last = sizes[0], sizes[-1]
     exact = next(iter(costs.values()))
@@ -427,8 +336,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"--largest is at least {SIZES[0]}, --rounds at least 2.", file=sys.stderr)
         return 2
     seconds, counts, alike = scenarios(5 * arguments.rounds)
-    costs, rates = scale(sizes, arguments.rounds)
-    TABLE.write_text(report(costs, rates, memory(), seconds, counts, alike))
+    costs, rates, graph = scale(sizes, arguments.rounds)
+    TABLE.write_text(report(costs, rates, memory(), seconds, counts, graph, alike))
     draw(costs)
     print(f"\n{TABLE.read_text()}\nFigure: {FIGURE.relative_to(PROJECT)}")
     return 0
