@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import redis
 from clusters import running_cluster
+from conftest import REDIS
 from samples import dicom, sha256_of
 
 from dicomstore import DicomStore, connect
@@ -170,16 +171,17 @@ def test_a_cache_on_a_cluster(client, folder):
     assert {client.pttl(key) for key in ["file:c", *cache.manifest("c").chunk_keys()]} == {-1}
 
 
+@pytest.mark.skipif(REDIS >= (8, 8), reason="from Redis 8.8 on, a cluster can be searched")
 def test_searches_without_a_coordinator_are_refused(store, client):
     """Where the engine answers for one node alone, a search is refused, with the way out."""
+    version = store.server()["search engine"]
     store.put("sub/a.dcm", dicom())
     for action in (store.find, lambda: store.count_by("modality")):
-        with pytest.raises(SearchError, match=r"search engine 8\.8\.0 or later.*2\.10\.5"):
+        with pytest.raises(SearchError, match=rf"search engine 8\.8\.0 or later.*{version}"):
             action()
     with pytest.raises(NotStoredError, match=r"key or path.*imageName"):
         store.read("a.dcm")
     assert not any(name.startswith(b"file:idx") for name in keys_of(client))
-    assert store.server()["search engine"] == "2.10.5"
 
 
 def test_a_cluster_client_that_decodes_is_refused(cluster):
