@@ -199,6 +199,24 @@ def test_broken_frames(syntax, encode, array, error):
         assert found.shape == array.shape
 
 
+def test_a_cut_off_jpeg_ls_frame_gets_an_end(monkeypatch):
+    """Without an end the decoder searches for seconds; with one it refuses the frame at once."""
+    given, original = [], imagecodecs.jpegls_decode
+
+    def decode(frame):
+        given.append(frame)
+        return original(frame)
+
+    monkeypatch.setattr(codecs.imagecodecs, "jpegls_decode", decode)
+    frame = imagecodecs.jpegls_encode(GREY8)
+    for cut in range(10, len(frame), 50):
+        with pytest.raises(values.UNREADABLE):
+            decoded(image(GREY8, syntax=uid.JPEGLSLossless, pixels=[frame[:cut]]))
+    assert len(given) > 5 and all(each.endswith(b"\xff\xd9") for each in given)
+    whole = [image(GREY8, syntax=uid.JPEGLSLossless, pixels=[f]) for f in (frame, frame + b"\0")]
+    assert all(np.array_equal(decoded(each), GREY8) for each in whole)
+
+
 @pytest.mark.parametrize(("syntax", "encode", "array", "error"), EACH)
 def test_frames_of_a_different_shape(syntax, encode, array, error):
     """Rows and columns are the header's, also where as many pixels, or a single one, would fit."""

@@ -26,7 +26,7 @@ RETIRED = {
 #: same one: only the header says which it is (PS3.3 C.7.6.3.1.2), where libjpeg would guess.
 COLOUR_SPACES = {3: "YCBCR", 4: "CMYK"}
 
-START_OF_IMAGE, JPEG_2000 = b"\xff\xd8", b"\xff\x4f\xff\x51"
+START_OF_IMAGE, END_OF_IMAGE, JPEG_2000 = b"\xff\xd8", b"\xff\xd9", b"\xff\x4f\xff\x51"
 START_OF_SCAN = 0xDA
 #: Markers of a frame header: all SOF of JPEG, and JPEG-LS's.
 FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
@@ -138,7 +138,9 @@ def _jpeg(frame: bytes, samples: int) -> NDArray[Any]:
 
 
 def _jpeg_ls(frame: bytes, samples: int) -> NDArray[Any]:
-    return imagecodecs.jpegls_decode(frame)
+    # In a frame that is cut off, the decoder looks for the end for many seconds.
+    is_whole = END_OF_IMAGE in frame[-3:]  # a byte may follow, since DICOM pads to even lengths
+    return imagecodecs.jpegls_decode(frame if is_whole else frame + END_OF_IMAGE)
 
 
 def _jpeg_2000(frame: bytes, samples: int) -> NDArray[Any]:
