@@ -10,6 +10,7 @@
 # make bench-partial  what reading a part takes as files grow (5 minutes, 6 GB of memory)
 # make bench-load     real files in, beside one process with a SET for each chunk (2 minutes)
 # make bench-search   searching among up to 200,000 documents, and the scenarios (6 minutes)
+# make bench-series    a series as files and as one array, and a late frame (1 minute)
 # make bench-mixed    searches and small reads while a slide streams (8 minutes, 10 GB of memory)
 # make bench-tier     a tier before a source: misses, cold loads, eviction (10 minutes, 6 GB)
 # make faults         kill, damage and starve the store at length, and run the property tests with
@@ -27,7 +28,7 @@ REDIS := .redis/redis-server
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo examples lab viewer test test-browser check format notebook bench bench-load bench-mixed bench-partial bench-search bench-tier faults clean
+.PHONY: help demo examples lab viewer test test-browser check format notebook bench bench-load bench-mixed bench-partial bench-search bench-series bench-tier faults clean
 
 help:
 	@sed -n '/^# /!q; s/^# //p' Makefile
@@ -77,6 +78,9 @@ bench-mixed: $(RUN) $(REDIS)
 
 bench-search: $(RUN) $(REDIS)
 	@$(BIN)/python benchmarks/search.py
+
+bench-series: $(RUN) $(REDIS)
+	@$(BIN)/python benchmarks/series.py
 
 bench-tier: $(RUN) $(REDIS)
 	@$(BIN)/python benchmarks/tier.py

@@ -231,7 +231,7 @@ class Bench:
         return seconds
 
     def our_load(self, chunk_size: int) -> Method:
-        """`store.load`: with SHA-256, CRC-32, lease, document and index."""
+        """`store.load`: with BLAKE3, CRC-32, lease, document and index."""
 
         def load() -> float:
             store = self.stores[chunk_size]
@@ -240,6 +240,12 @@ class Bench:
             return seconds
 
         return load
+
+    def verify(self) -> float:
+        """`store.verify`: every chunk's CRC-32 and the file's BLAKE3."""
+        store = self.stores[DEFAULT_CHUNK_SIZE]
+        manifest = self.manifest(DEFAULT_CHUNK_SIZE)
+        return timed(lambda: store.verify([manifest.key]))
 
 
 def measure(bench: Bench, rounds: int) -> dict[str, list[float]]:
@@ -250,6 +256,7 @@ def measure(bench: Bench, rounds: int) -> dict[str, list[float]]:
         DEFAULT: bench.ours(DEFAULT_CHUNK_SIZE, 8),
         "redis-py: MGET of 8 MiB, 256 KB chunks": bench.redis_py,
         "this project, transfer only": bench.transfer_only,
+        "this project, verify": bench.verify,
         "C client, 256 KB chunks": bench.c_client(DEFAULT_CHUNK_SIZE),
         "C client, 30 KB chunks": bench.c_client(PUBLISHED_CHUNK),
         "local file from the page cache": bench.page_cache,
@@ -274,6 +281,7 @@ PAIRS = (
     ("this project, 30 KB, 1000 connections", PUBLISHED),
     (DEFAULT, PUBLISHED),
     ("this project, transfer only", "C client, 256 KB chunks"),
+    ("this project, verify", "this project, transfer only"),
     ("this project's load, 30 KB", "published load: SET per 30 KB chunk"),
     ("200 MiB with CRC-32", "200 MiB without"),
 )
