@@ -108,6 +108,25 @@ REAL = [
 ]
 
 
+def test_it_is_the_same_where_the_search_begins(large_files):
+    """Behind what was read of the header, frames are found as from the beginning of the file."""
+    files = [
+        dicom(pixels=bytes(0x4F57), Rows=1, Columns=0x4F57, syntax=ImplicitVRLittleEndian)
+    ]  # the pixel data's length looks like a VR
+    files += [path.read_bytes() for path in PYDICOM_FILES.rglob("*") if path.is_file()]
+    files += [path.read_bytes() for path in large_files.rglob("*.dcm")]
+    found = 0
+    for content in files:
+        with header.quietly():
+            elements = header.read(io.BytesIO(content))
+            if elements and elements.syntax != DeflatedExplicitVRLittleEndian:
+                members = header.members(elements)
+                shorter = locate(elements.file, members, elements)
+                assert shorter == locate(elements.file, members)
+                found += shorter[0] is not None
+    assert found > 150
+
+
 @pytest.mark.parametrize("name", REAL)
 def test_real_files(name, large_files):
     """A frame fetched by its span and decoded is the one that pydicom decodes from the file."""

@@ -129,7 +129,7 @@ def by_header(file: BinaryIO, modified: int | None) -> Description:
         return Description(None, None, modified, False, {})
     members = header.members(elements)
     attachments = {}
-    where, table = frames.locate(file, members)
+    where, table = frames.locate(file, members, elements)
     if where is not None:
         members["frames"] = where
     if table is not None:

@@ -78,7 +78,7 @@ class Span(NamedTuple):
 
 
 def locate(
-    file: BinaryIO, members: Mapping[str, Any]
+    file: BinaryIO, members: Mapping[str, Any], elements: header.Elements | None = None
 ) -> tuple[dict[str, Any] | None, bytes | None]:
     """Find where the frames of a DICOM file lie, reading none of them.
 
@@ -88,6 +88,8 @@ def locate(
         Its position is not kept.
     members : mapping
         What :func:`header.searchable` says of it.
+    elements : header.Elements, optional
+        What :func:`header.read` has read of it: the search begins behind that.
 
     Returns
     -------
@@ -100,7 +102,7 @@ def locate(
         Where each of several encapsulated frames begins; None if ``member`` says it all.
     """
     try:
-        return _located(file, members.get("header", {}))
+        return _located(file, members.get("header", {}), elements)
     except FrameError as error:
         return {"fault": str(error)}, None
 
@@ -116,12 +118,20 @@ class _Pixels(NamedTuple):
 
 
 def _located(
-    file: BinaryIO, attributes: Mapping[str, Any]
+    file: BinaryIO, attributes: Mapping[str, Any], elements: header.Elements | None
 ) -> tuple[dict[str, Any] | None, bytes | None]:
-    syntax = header.dataset_syntax(file)
+    if elements is None or not elements.whole:
+        syntax = header.dataset_syntax(file)
+        start = file.tell()
+        # Some files have the other one of both encodings than they say; pydicom looks as well.
+        has_vrs = file.read(6)[4:].isalpha()
+        file.seek(start)
+    else:
+        syntax, has_vrs = elements.syntax, not elements.dataset.original_encoding[0]
+        file.seek(elements.position)
     if syntax == DeflatedExplicitVRLittleEndian:
         return ({"fault": "its data set is deflated"} if "Rows" in attributes else None), None
-    pixels = _pixels(file, ">" if syntax == ExplicitVRBigEndian else "<")
+    pixels = _pixels(file, ">" if syntax == ExplicitVRBigEndian else "<", has_vrs)
     if pixels is None:
         return None, None
     count = attributes.get("NumberOfFrames") or 1
@@ -137,13 +147,9 @@ def _located(
     return member, _packed(offsets) if count > 1 else None
 
 
-def _pixels(file: BinaryIO, order: str) -> _Pixels | None:
-    """Return the pixel data of the data set that begins here, or None if it has none."""
-    start = file.tell()
-    opening = file.read(6)
-    file.seek(start)
-    # Some files have the other one of both encodings than they say; pydicom looks as well.
-    implicit = [not opening[4:6].isalpha()]  # for the data set, and each item that is open
+def _pixels(file: BinaryIO, order: str, has_vrs: bool) -> _Pixels | None:
+    """Return the pixel data of a data set, of which an element begins here; None if it has none."""
+    implicit = [not has_vrs]  # for the data set, and each item that is open
     tables: dict[int, Span] = {}
     for _ in range(ELEMENTS_LIMIT):
         head = file.read(8)

@@ -133,6 +133,8 @@ class Elements(NamedTuple):
         The file, or its inflated data set.
     position : int
         Where in `file` the elements that have not been read begin.
+    syntax : str
+        The transfer syntax, guessed if the file does not name it (PS3.5 Annex A).
     """
 
     dataset: Dataset
@@ -140,6 +142,7 @@ class Elements(NamedTuple):
     whole: bool
     file: BinaryIO
     position: int
+    syntax: str
 
 
 def searchable(file: BinaryIO) -> dict[str, Any] | None:
@@ -238,13 +241,14 @@ def _read_from(file: BinaryIO, start: int, *, last_tag: int = FIRST_BULK_TAG - 1
                 file.read(READ_LIMIT), READ_LIMIT
             )
         except zlib.error:
-            return Elements(Dataset(), meta, False, file, file.tell())
+            return Elements(Dataset(), meta, False, file, file.tell(), syntax)
         file = io.BytesIO(inflated)
     implicit_vr, little_endian = _encoding(file, syntax)
     dataset, whole = _read_elements(
         file, implicit_vr, little_endian, lambda tag: int(tag) > last_tag
     )
-    return Elements(dataset, meta, meta_whole and whole, file, file.tell())
+    named = syntax or _guessed_syntax(implicit_vr, little_endian)
+    return Elements(dataset, meta, meta_whole and whole, file, file.tell(), named)
 
 
 def _uid(dataset: Dataset, tag: int) -> str | None:
@@ -305,7 +309,10 @@ def dataset_syntax(file: BinaryIO) -> str:
     meta, _ = _read_elements(file, False, True, lambda tag: int(tag) >> 16 != 2)
     if named := _uid(meta, 0x00020010):
         return named
-    implicit_vr, little_endian = _encoding(file, None)
+    return _guessed_syntax(*_encoding(file, None))
+
+
+def _guessed_syntax(implicit_vr: bool, little_endian: bool) -> str:
     if implicit_vr:
         return ImplicitVRLittleEndian
     return ExplicitVRLittleEndian if little_endian else ExplicitVRBigEndian
