@@ -42,6 +42,7 @@ PIXELS_AHEAD = 2
 PROJECT = Path(__file__).resolve().parents[2]
 WORKER = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
+    "sys.modules['requests'] = None; "  # pydicom's for downloads, a fifth of the time to start
     "from dicomstore.imaging.worker import main; main()"
 )
 TOO_MUCH = "This file is not DICOM, and OpenSlide crashes on it or takes too long."
