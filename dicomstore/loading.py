@@ -252,7 +252,11 @@ class Loader:
             return False
         if document.manifest.chunk_size != self._chunk_size:
             return False
-        if not self._chunks.has_attachments(document, checked=repair):
+        chunks = self._chunks
+        is_sound = (
+            not chunks.attachment_faults(document) if repair else chunks.has_attachments(document)
+        )
+        if not is_sound:
             return False
         with load.opened() as file:
             if load.row["size"] != document.manifest.size or _digest(file) != document.blake3:

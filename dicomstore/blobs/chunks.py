@@ -106,10 +106,8 @@ class Chunks:
         """Return the commands that store what lies beside the chunks of a version."""
         return [("SET", manifest.attachment_key(name), text) for name, text in attachments.items()]
 
-    def has_attachments(self, document: Document, *, checked: bool) -> bool:
-        """Whether all lie beside the chunks that belong there; `checked` compares their CRC-32."""
-        if checked:
-            return not self.attachment_faults(document)
+    def has_attachments(self, document: Document) -> bool:
+        """Whether all that belongs beside the chunks lies there."""
         keys = list(map(document.manifest.attachment_key, document.attachments))
         replies = self._server.commands(self._server.for_keys("EXISTS", keys))
         return bool(sum(replies) == len(keys))

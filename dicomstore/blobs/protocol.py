@@ -240,6 +240,14 @@ def command(*words: bytes | str) -> bytes:
     return b"*%d\r\n%b" % (len(words), b"".join(strings))
 
 
+def greeting(user: str | None, password: str) -> tuple[bytes, bytes]:
+    """Return the first request of a connection, and the answer to it."""
+    if not user and not password:
+        return command("PING"), b"+PONG\r\n"
+    login = (user, password) if user else (password,)
+    return command("AUTH", *login), b"+OK\r\n"
+
+
 def mget_steps(chunks: Sequence[Chunk]) -> Iterator[Step]:
     """Yield the answer to an MGET of `chunks`."""
     before, key = b"*%d" % len(chunks), b""

@@ -29,6 +29,7 @@ from dicomstore.blobs.protocol import (
     Step,
     as_text,
     command,
+    greeting,
     lay_out_sets,
     mget_steps,
     set_steps,
@@ -162,7 +163,7 @@ class ChunkStream:
         options = self._options
         address = host = options.get("host") or "localhost"
         port = int(options.get("port") or 6379)
-        request, reply = _greeting(options.get("username"), options.get("password") or "")
+        request, reply = greeting(options.get("username"), options.get("password") or "")
         tls: dict[str, Any] = {}
         if self._class is redis.SSLConnection:
             of_tls = {k: v for k, v in options.items() if k.startswith("ssl_") and "ocsp" not in k}
@@ -414,14 +415,6 @@ def _asker(
         ask()
 
     return ask
-
-
-def _greeting(user: str | None, password: str) -> tuple[bytes, bytes]:
-    """Return the first request of a connection, and the answer to it."""
-    if not user and not password:
-        return command("PING"), b"+PONG\r\n"
-    login = (user, password) if user else (password,)
-    return command("AUTH", *login), b"+OK\r\n"
 
 
 def _cut(chunks: Sequence[Chunk], size: int, count: int) -> Iterator[Part]:
