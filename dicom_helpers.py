@@ -23,8 +23,6 @@ import pydicom
 import redis
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from PIL.Image import Image
 from pydicom.dataset import Dataset
 from pydicom.encaps import parse_basic_offsets
 from pydicom.pixels import apply_rescale
@@ -377,35 +375,6 @@ def times_by_size(store: DicomStore, names: Iterable[str]) -> pd.DataFrame:
             "the whole file": timed(whole, repeats=2)[1].median,
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("size")
-
-
-def slide_views(
-    overview: Image, region: Image, corner: tuple[int, int], dimensions: tuple[int, int]
-) -> Figure:
-    """Return a figure of a slide: the overview with a box, and what is in the box.
-
-    Parameters
-    ----------
-    overview, region : PIL.Image.Image
-        The whole slide made small, and a part of it in full resolution.
-    corner, dimensions : tuple of int
-        Where the region begins, and how large the slide is; x and y, width and height, in pixels
-        of full resolution.
-    """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH_INCHES, 4), layout="constrained")
-    left.imshow(overview)
-    scale = overview.width / dimensions[0]
-    # A box of its true size would not be seen.
-    width, height = (max(side * scale, overview.width / 40) for side in region.size)
-    at = (corner[0] * scale - width / 2, corner[1] * scale - height / 2)
-    left.add_patch(Rectangle(at, width, height, fill=False, edgecolor="black", linewidth=2))
-    left.set_title(f"{dimensions[0]:,} × {dimensions[1]:,} pixels; the box is enlarged", fontsize=9)
-    right.imshow(region)
-    right.set_title(f"{region.width} × {region.height} pixels of it at full size", fontsize=9)
-    for axes in (left, right):
-        axes.set_anchor("N")
-        axes.set_axis_off()
-    return _finished(figure)
 
 
 def heat_map(counts: pd.DataFrame, title: str) -> Figure:

@@ -25,6 +25,7 @@ NOTEBOOK = PROJECT / "dicom_redis.ipynb"
 CELL_TIMEOUT_S = 600
 #: Cells with this tag hold the answer of a scenario; it is printed again at the end.
 RESULT_TAG = "result"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def run(notebook: nbformat.NotebookNode, folder: Path, *, quiet: bool = False) -> None:
@@ -64,16 +65,18 @@ def run(notebook: nbformat.NotebookNode, folder: Path, *, quiet: bool = False) -
             resources={"metadata": {"path": str(folder)}},
             on_cell_start=tell,
             coalesce_streams=True,  # of a progress bar, the last state
-            # Without it a page shows the still picture of a viewer, which no kernel answers there.
             store_widget_state=False,
             # Unix sockets: what passes between this process and the kernel is for no other user to
             # see. Their path is a whole one, since the kernel starts in a folder of its own.
             config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/socket"}}),
         )
         client.execute()
-    # When each cell ran is nobody's business later, and would differ with every run.
     for cell in notebook.cells:
+        # When each cell ran is nobody's business later, and would differ with every run.
         cell.metadata.pop("execution", None)
+        # Later no kernel answers a viewer: its still picture is shown.
+        for output in cell.get("outputs", ()):
+            output.get("data", {}).pop(WIDGET, None)
 
 
 def results(notebook: nbformat.NotebookNode) -> list[str]:
