@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from urllib.parse import urlsplit
 
 import pytest
@@ -14,6 +15,13 @@ FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
+#: The colours of an element's text and of what lies behind it.
+COLOURS = """one => {
+  let behind = one;
+  const clear = () => getComputedStyle(behind).backgroundColor === "rgba(0, 0, 0, 0)";
+  while (behind.parentElement && clear()) behind = behind.parentElement;
+  return [getComputedStyle(one).color, getComputedStyle(behind).backgroundColor];
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +54,13 @@ def keep_picture(place, name):
     """Save what a page or a part of it shows in the folder TEST_SCREENSHOTS, if there is one."""
     if folder := os.environ.get("TEST_SCREENSHOTS"):
         place.screenshot(path=f"{folder}/{name}.png")
+
+
+def contrast(place):
+    """The contrast of an element's text with what lies behind it, 1 to 21, by WCAG 2."""
+    lights = []
+    for colour in place.evaluate(COLOURS):
+        shares = [int(number) / 255 for number in re.findall(r"[\d.]+", colour)[:3]]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in shares]
+        lights.append(sum(c * w for c, w in zip(linear, (0.2126, 0.7152, 0.0722), strict=True)))
+    return (max(lights) + 0.05) / (min(lights) + 0.05)

@@ -206,8 +206,8 @@ function render({ model, el }) {
     if (playing) return stop();
     cine.textContent = "❚❚";
     playing = setInterval(() => {
-      // A picture that is not there yet is waited for, so that none is left out.
-      if (kept.has(current)) show((current + 1) % count);
+      // A picture that is not shown yet is waited for, so that none is left out.
+      if (root.dataset.shown === String(current)) show((current + 1) % count);
     }, 1000 / about.rate);
   }
 
