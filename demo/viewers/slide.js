@@ -6,12 +6,6 @@ const SOFTEST = 1.42; // so much is a level enlarged before a finer one is taken
 const QUESTIONS = 2; // on their way at a time: the next one is for where the view is by then
 const MOST_ZOOM = 4; // pixels of the screen to one of the slide
 
-function element(tag, parent, properties = {}) {
-  const made = Object.assign(document.createElement(tag), properties);
-  parent.append(made);
-  return made;
-}
-
 function render({ model, el }) {
   const about = model.get("about");
   const { width: slideWidth, height: slideHeight } = about.levels[0];
@@ -25,7 +19,6 @@ function render({ model, el }) {
   const asked = new Set();
   const questions = []; // when each that is on its way was asked
   let failed = "";
-  let due = false;
   let wantedSince = performance.now();
   let complete = false;
   const sum = { bytes: about.bytes, roundTrips: about.roundTrips };
@@ -34,25 +27,16 @@ function render({ model, el }) {
 
   // --- what is seen ---
 
-  const root = element("div", el, { className: "dicom-viewer slide" });
-  // JupyterLab leaves the keys alone that are pressed in here.
-  root.dataset.lmSuppressShortcuts = "true";
-  const canvas = element("canvas", root, { tabIndex: 0 });
-  canvas.setAttribute("role", "img");
-  canvas.style.width = "100%";
-  canvas.style.height = `${HEIGHT}px`;
+  const { root, canvas, controls, state, costs, error } = frame(el, "slide");
+  const drawSoon = onceAFrame(draw);
+  Object.assign(canvas.style, { width: "100%", height: `${HEIGHT}px` });
   const context = canvas.getContext("2d", { alpha: false });
-  const controls = element("div", root, { className: "row" });
   for (const [label, title, action] of [
     ["+", "closer (+)", () => zoomBy(2)],
     ["−", "further away (−)", () => zoomBy(1 / 2)],
     ["whole slide", "(0)", () => fit()],
     ["full size", "one pixel to one (1)", () => zoomBy(1 / zoom)],
   ]) element("button", controls, { textContent: label, title, onclick: action });
-  const state = element("div", root, { className: "state" });
-  const costs = element("div", root, { className: "state costs" });
-  const error = element("div", root, { className: "error" });
-  error.setAttribute("role", "alert");
   costs.textContent =
     `index of ${(about.size / 1e6).toFixed(0)} MB read in ${about.ms.toFixed(0)} ms, ` +
     `${about.roundTrips} round trips`;
@@ -101,7 +85,6 @@ function render({ model, el }) {
   }
 
   function draw() {
-    due = false;
     context.fillStyle = "#fff";
     context.fillRect(0, 0, canvas.width, canvas.height);
     const finest = levelInView();
@@ -132,13 +115,6 @@ function render({ model, el }) {
       `${Math.round(x).toLocaleString("en")}, ${Math.round(y).toLocaleString("en")} of ` +
       `${slideWidth.toLocaleString("en")} × ${slideHeight.toLocaleString("en")}`;
     canvas.setAttribute("aria-label", state.textContent);
-  }
-
-  function drawSoon() {
-    if (!due) {
-      due = true;
-      requestAnimationFrame(draw);
-    }
   }
 
   function move(newX, newY, newZoom) {
@@ -219,15 +195,7 @@ function render({ model, el }) {
     const turns = event.deltaMode === 0 ? event.deltaY / 300 : event.deltaY / 3;
     zoomBy(2 ** -turns, event.offsetX * ratio(), event.offsetY * ratio());
   }, { passive: false });
-  canvas.onpointerdown = (event) => {
-    canvas.setPointerCapture(event.pointerId);
-    canvas.focus({ preventScroll: true });
-  };
-  canvas.onpointermove = (event) => {
-    if (canvas.hasPointerCapture(event.pointerId)) {
-      pan(-event.movementX * ratio(), -event.movementY * ratio());
-    }
-  };
+  onDrag(canvas, (right, down) => pan(-right * ratio(), -down * ratio()));
 
   const resized = new ResizeObserver(() => {
     if (!canvas.clientWidth) return; // the cell is hidden

@@ -11,7 +11,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from demo.viewers.viewer import FOLDER, Answer, Viewer
+from demo.viewers.viewer import Answer, Viewer, module
 from dicomstore import DicomStore
 from dicomstore.errors import DamagedError, FrameError
 
@@ -54,7 +54,7 @@ class SlideViewer(Viewer):
         If its tiles are not JPEG, or it has none.
     """
 
-    _esm = FOLDER / "slide.js"
+    _esm = module("slide.js")
 
     def __init__(self, store: DicomStore, name: Any) -> None:
         start = time.perf_counter()

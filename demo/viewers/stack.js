@@ -10,12 +10,6 @@ const KEPT_BYTES = 512e6;
 const HEIGHT = 512; // of the picture in the page, in pixels
 const WIDEST = 900;
 
-function element(tag, parent, properties = {}) {
-  const made = Object.assign(document.createElement(tag), properties);
-  parent.append(made);
-  return made;
-}
-
 function render({ model, el }) {
   const about = model.get("about");
   const { count, rows, columns, samples, rescale: [slope, intercept] } = about;
@@ -28,7 +22,6 @@ function render({ model, el }) {
   let [centre, width] = about.windows[names[0]];
   let direction = 1;
   let wantedSince = performance.now();
-  let due = false; // whether a drawing is due in the next animation frame
   let playing = null;
   let failed = "";
   const kept = new Map(); // by number, values
@@ -38,18 +31,14 @@ function render({ model, el }) {
 
   // --- what is seen ---
 
-  const root = element("div", el, { className: "dicom-viewer stack" });
-  // JupyterLab leaves the keys alone that are pressed in here.
-  root.dataset.lmSuppressShortcuts = "true";
-  const canvas = element("canvas", root, { width: columns, height: rows, tabIndex: 0 });
-  canvas.setAttribute("role", "img");
+  const { root, canvas, controls, state, costs, error } = frame(el, "stack");
+  Object.assign(canvas, { width: columns, height: rows });
   const shape = columns / (rows * about.aspect);
   canvas.style.width = `${Math.min(HEIGHT * shape, WIDEST)}px`;
   canvas.style.aspectRatio = `${shape}`;
   const context = canvas.getContext("2d", { alpha: false });
   const image = context.createImageData(columns, rows);
   const levels = new Uint32Array(image.data.buffer);
-  const controls = element("div", root, { className: "row" });
   const cine = element("button", controls, { textContent: "▶", title: "cine (space)" });
   const slider = element("input", controls, { type: "range", min: 0, max: count - 1, step: 1 });
   slider.setAttribute("aria-label", about.what);
@@ -59,10 +48,7 @@ function render({ model, el }) {
       button.onclick = () => setWindow(...about.windows[name]);
     }
   }
-  const state = element("div", root, { className: "state" });
-  const costs = element("div", root, { className: "state costs" });
-  const error = element("div", root, { className: "error" });
-  error.setAttribute("role", "alert");
+  const drawSoon = onceAFrame(draw);
 
   function paint(values) {
     if (samples === 3) {
@@ -85,7 +71,6 @@ function render({ model, el }) {
   }
 
   function draw() {
-    due = false;
     slider.value = current;
     const values = kept.get(current);
     if (values) {
@@ -111,13 +96,6 @@ function render({ model, el }) {
     parts.push(`kernel ${(sum.kernelMs / Math.max(1, sum.pictures)).toFixed(1)} ms a ${about.what}`);
     parts.push(`drawn in ${drawMs.toFixed(1)} ms`);
     costs.textContent = parts.join(" · ");
-  }
-
-  function drawSoon() {
-    if (!due) {
-      due = true;
-      requestAnimationFrame(draw);
-    }
   }
 
   function show(number) {
@@ -234,15 +212,10 @@ function render({ model, el }) {
   }, { passive: false });
   slider.oninput = () => show(Number(slider.value));
   cine.onclick = togglePlay;
-  canvas.onpointerdown = (event) => {
-    canvas.setPointerCapture(event.pointerId);
-    canvas.focus({ preventScroll: true });
-  };
-  canvas.onpointermove = (event) => {
-    if (!canvas.hasPointerCapture(event.pointerId) || samples === 3) return;
+  onDrag(canvas, (right, down) => {
     const speed = Math.max(width, 10) / 300;
-    setWindow(centre + event.movementY * speed, width + event.movementX * speed);
-  };
+    if (samples === 1) setWindow(centre + down * speed, width + right * speed);
+  });
 
   model.on("msg:custom", receive);
   drawSoon();

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_color_lut
 
-from demo.viewers.viewer import FOLDER, Answer, Viewer
+from demo.viewers.viewer import Answer, Viewer, module
 from dicomstore import DicomStore
 from dicomstore.errors import MissingChunkError, VolumeError
 from dicomstore.imaging import rendering
@@ -41,7 +41,7 @@ class StackViewer(Viewer):
     stack : SeriesStack or FrameStack
     """
 
-    _esm = FOLDER / "stack.js"
+    _esm = module("stack.js")
 
     def __init__(self, stack: SeriesStack | FrameStack) -> None:
         self._stack = stack

@@ -20,6 +20,11 @@ FOLDER = Path(__file__).parent
 Answer = tuple[dict[str, Any], Sequence[Any]]
 
 
+def module(name: str) -> str:
+    """Return the JavaScript of a viewer: what both share, then its own, in one module."""
+    return "".join((FOLDER / file).read_text(encoding="utf-8") for file in ("viewer.js", name))
+
+
 class Viewer(anywidget.AnyWidget):
     """A widget that answers what its front end asks for, over its own channel.
 
