@@ -6,6 +6,15 @@ const SOFTEST = 1.42; // so much is a level enlarged before a finer one is taken
 const QUESTIONS = 2; // on their way at a time: the next one is for where the view is by then
 const MOST_ZOOM = 4; // pixels of the screen to one of the slide
 
+async function decoded(bytes) {
+  // A Blob goes to the browser's main process and back. The other way needs a secure page.
+  if (!window.ImageDecoder) return createImageBitmap(new Blob([bytes], { type: "image/jpeg" }));
+  const { image } = await new ImageDecoder({ data: bytes, type: "image/jpeg" }).decode();
+  const picture = await createImageBitmap(image);
+  image.close();
+  return picture;
+}
+
 function render({ model, el }) {
   const about = model.get("about");
   const { width: slideWidth, height: slideHeight } = about.levels[0];
@@ -24,6 +33,7 @@ function render({ model, el }) {
   const sum = { bytes: about.bytes, roundTrips: about.roundTrips };
   // The point of the slide in the view's middle, and pixels of the screen to one of the slide.
   let x = slideWidth / 2, y = slideHeight / 2, zoom = 0;
+  let heading = [0, 0]; // of the last pan, to the right and down
 
   // --- what is seen ---
 
@@ -49,7 +59,7 @@ function render({ model, el }) {
     return levels.indexOf(enough.at(-1) ?? levels[0]);
   }
 
-  function tilesInView(n) {
+  function tilesInView(n, x, y) {
     const level = levels[n], scale = zoom * level.shrink;
     const first = (middle, size, tile) =>
       Math.max(0, Math.floor((middle * zoom - size / 2) / (scale * tile)));
@@ -67,12 +77,12 @@ function render({ model, el }) {
   }
 
   const keyOf = ({ n, number }) => `${n}/${number}`;
+  const missingOf = (tiles) => tiles.filter((tile) => !kept.has(keyOf(tile)));
 
-  function drawTile(tile) {
-    const picture = kept.get(keyOf(tile));
-    if (!picture) return;
+  // Where a tile is drawn, and how much of it is no padding.
+  function placeOf(tile) {
     const level = levels[tile.n], scale = zoom * level.shrink;
-    // Whole pixels: else seams show between the tiles. A tile's padding is left out.
+    // Whole pixels: else seams show between the tiles.
     const left = Math.round((tile.column * level.tile[0]) * scale - x * zoom + canvas.width / 2);
     const top = Math.round((tile.row * level.tile[1]) * scale - y * zoom + canvas.height / 2);
     const wide = Math.min(level.tile[0], level.width - tile.column * level.tile[0]);
@@ -81,16 +91,42 @@ function render({ model, el }) {
       (tile.column * level.tile[0] + wide) * scale - x * zoom + canvas.width / 2);
     const bottom = Math.round(
       (tile.row * level.tile[1] + high) * scale - y * zoom + canvas.height / 2);
-    context.drawImage(picture, 0, 0, wide, high, left, top, right - left, bottom - top);
+    return { wide, high, box: [left, top, right - left, bottom - top] };
+  }
+
+  function drawTile(tile) {
+    const picture = kept.get(keyOf(tile));
+    if (!picture) return;
+    const { wide, high, box } = placeOf(tile);
+    context.drawImage(picture, 0, 0, wide, high, ...box);
+  }
+
+  // Coarse tiles stand where finer ones are not there yet, and are drawn nowhere else.
+  function drawInPlaceOf(missing, finest) {
+    context.save();
+    context.beginPath();
+    for (const tile of missing) context.rect(...placeOf(tile).box);
+    context.clip();
+    for (let n = levels.length - 1; n > finest; n -= 1) tilesInView(n, x, y).forEach(drawTile);
+    context.restore();
+  }
+
+  // What comes into view if the last pan goes on for half a view.
+  function tilesAhead(n) {
+    const most = Math.max(...heading.map(Math.abs));
+    if (!most) return [];
+    const [right, down] = heading.map((by) => by / most / 2 / zoom);
+    return missingOf(tilesInView(n, x + right * canvas.width, y + down * canvas.height));
   }
 
   function draw() {
     context.fillStyle = "#fff";
     context.fillRect(0, 0, canvas.width, canvas.height);
     const finest = levelInView();
-    // Coarse ones first: they stand where finer ones are not there yet.
-    for (let n = levels.length - 1; n >= finest; n -= 1) tilesInView(n).forEach(drawTile);
-    const wanted = tilesInView(finest);
+    const wanted = tilesInView(finest, x, y);
+    const missing = missingOf(wanted);
+    if (missing.length) drawInPlaceOf(missing, finest);
+    wanted.forEach(drawTile);
     // Those in view become the latest used.
     for (const key of wanted.map(keyOf)) {
       if (!kept.has(key)) continue;
@@ -99,14 +135,13 @@ function render({ model, el }) {
       kept.set(key, picture);
     }
     say(finest);
-    const missing = wanted.filter((tile) => !kept.has(keyOf(tile)));
     if (!missing.length && !complete) {
       complete = true;
       const delay = performance.now() - wantedSince;
       root.dataset.complete = "true";
       root.dispatchEvent(new CustomEvent("shown", { detail: { tiles: wanted.length, delay } }));
     }
-    ask(missing);
+    ask(missing.length ? missing : tilesAhead(finest));
   }
 
   function say(n) {
@@ -118,6 +153,7 @@ function render({ model, el }) {
   }
 
   function move(newX, newY, newZoom) {
+    heading = newZoom === zoom ? [newX - x, newY - y] : [0, 0];
     zoom = Math.min(Math.max(newZoom, Math.min(fitting(), 1) / 2), MOST_ZOOM);
     x = Math.min(Math.max(newX, 0), slideWidth);
     y = Math.min(Math.max(newY, 0), slideHeight);
@@ -142,6 +178,7 @@ function render({ model, el }) {
     const wanted = missing.filter((tile) => !asked.has(keyOf(tile)));
     if (!wanted.length || questions.length >= QUESTIONS || failed) return;
     wanted.forEach((tile) => asked.add(keyOf(tile)));
+    root.dataset.asked = asked.size;
     questions.push(performance.now());
     model.send({ ask: wanted.map(({ n, number }) => [n, number]) });
   }
@@ -151,12 +188,13 @@ function render({ model, el }) {
       failed = error.textContent = message.error;
       return;
     }
-    const decoded = await Promise.all(buffers.map((bytes) =>
-      bytes.byteLength ? createImageBitmap(new Blob([bytes], { type: "image/jpeg" })) : null));
+    const pictures = await Promise.all(
+      buffers.map((bytes) => (bytes.byteLength ? decoded(bytes) : null)));
     message.places.forEach(([n, number], at) => {
-      kept.set(`${n}/${number}`, decoded[at]);
+      kept.set(`${n}/${number}`, pictures[at]);
       asked.delete(`${n}/${number}`);
     });
+    root.dataset.asked = asked.size;
     for (const [key, picture] of kept) {
       if (kept.size <= KEPT_TILES) break;
       kept.delete(key);
@@ -169,7 +207,7 @@ function render({ model, el }) {
     costs.textContent =
       `${message.places.length} tiles, ${(message.bytes / 1e6).toFixed(1)} MB in ` +
       `${message.roundTrips} round trip${message.roundTrips === 1 ? "" : "s"}: ` +
-      `kernel ${message.ms.toFixed(0)} ms, to the screen ${took.toFixed(0)} ms · in all ` +
+      `kernel ${message.ms.toFixed(0)} ms, in the browser after ${took.toFixed(0)} ms · in all ` +
       `${(sum.bytes / 1e6).toFixed(1)} of ${(about.size / 1e6).toFixed(0)} MB in ` +
       `${sum.roundTrips} round trips`;
     drawSoon();
