@@ -39,11 +39,11 @@ def series(store, tmp_path):
     return store
 
 
-def cine(value, frames=6):
+def cine(value, frames=6, **attributes):
     """A multi-frame instance whose frame k holds `value` + k."""
     pixels = np.empty((frames, ROWS, COLUMNS), np.uint16)
     pixels[...] = np.arange(value, value + frames).reshape(-1, 1, 1)
-    return image(pixels, NumberOfFrames=frames)
+    return image(pixels, NumberOfFrames=frames, **attributes)
 
 
 @pytest.fixture
@@ -97,6 +97,22 @@ def test_frames_of_an_instance(cine_store, monkeypatch):
     _, buffers = asked(viewer, [5, 1], monkeypatch)
     assert [np.frombuffer(buffer, "<u2")[0] for buffer in buffers] == [105, 101]
     assert buffers[0] == cine_store.frame("cine.dcm", 5).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("attributes", "rate"),
+    [
+        ({}, 25),
+        ({"FrameTime": "40"}, 25),
+        ({"FrameTime": "50", "CineRate": 12}, 12),
+        ({"CineRate": 12, "RecommendedDisplayFrameRate": 10}, 10),
+    ],
+)
+def test_frames_a_second(store, tmp_path, attributes, rate):
+    """A cine is played as fast as it asks to be (PS3.3 C.7.6.5), 25 frames a second by default."""
+    (tmp_path / "cine.dcm").write_bytes(cine(100, **attributes))
+    store.load(tmp_path)
+    assert scroll(store, "cine.dcm").about["rate"] == rate
 
 
 def test_files_that_form_no_volume_are_named(cine_store, tmp_path):
