@@ -18,7 +18,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 from dicomstore import DicomStore
 from dicomstore.web import accept, matching
-from dicomstore.web.__main__ import main, parser, server
+from dicomstore.web.__main__ import listen, main, parser, server
 from dicomstore.web.app import application
 from tests.conftest import PYDICOM_FILES
 from tests.test_metadata import by_pydicom
@@ -46,9 +46,7 @@ NAMES = [
 @contextlib.contextmanager
 def serving(store, **options):
     """Serve a store on a free port; yield the address."""
-    import socket
-
-    listening = socket.create_server(("127.0.0.1", 0))
+    listening = listen("127.0.0.1", 0)
     web = server(application(store, **options))
     thread = threading.Thread(target=web.run, kwargs={"sockets": [listening]})
     thread.start()

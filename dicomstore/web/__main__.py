@@ -63,7 +63,7 @@ def main(words: Sequence[str] | None = None) -> int:
     options = parser().parse_args(words)
     try:
         token = _token(options.token_file)
-        listening = _listen(options.host, options.port, token)
+        listening = listen(options.host, options.port, token)
         if options.viewer is not None and not (options.viewer / "index.html").is_file():
             raise ValueError(f"{options.viewer} is not a built viewer: it has no index.html.")
         client = connect()
@@ -120,7 +120,8 @@ def _token(file: Path | None) -> str | None:
     return token
 
 
-def _listen(host: str, port: int, token: str | None) -> socket.socket:
+def listen(host: str, port: int, token: str | None = None) -> socket.socket:
+    """Return a socket that listens at an address; without a token, only at this machine's own."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, OverflowError) as error:
