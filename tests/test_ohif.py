@@ -233,6 +233,20 @@ def test_the_study_list(page, address):
         )
 
 
+def test_a_filter_that_finds_nothing(page, address):
+    """The list is empty while nothing fits, without an error, and full again afterwards."""
+    page.goto(address)
+    row = page.get_by_text("PDF", exact=True).first
+    row.wait_for(timeout=SHOWN_S * 1000)
+    with page.expect_response("**/studies?*nobody*", timeout=SHOWN_S * 1000) as response:
+        page.locator("input").first.fill("nobody")
+    assert response.value.status == 204
+    page.get_by_text("No studies available").wait_for(timeout=SHOWN_S * 1000)
+    assert not row.is_visible()
+    page.locator("input").first.fill("")
+    row.wait_for(timeout=SHOWN_S * 1000)
+
+
 def test_a_ct_is_scrolled(page, address, images):
     """Slice after slice has the values that pydicom reads, rescaled."""
     slices = {}

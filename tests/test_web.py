@@ -214,6 +214,19 @@ def test_pages(web):
     assert web.search_for_studies(limit=5, offset=10_000) == []
 
 
+def test_an_empty_answer_has_no_content(web, address):
+    """A search that finds nothing is answered with 204 and no body (PS3.18 Table 10.6.3-1)."""
+    for path in ("/studies?PatientID=nobody", "/studies/1.2.99/series", "/instances?offset=10000"):
+        status, headers, body = get(address, path)
+        assert (status, body) == (204, b"")
+        assert "Content-Type" not in headers
+    assert web.search_for_studies(search_filters={"PatientID": "nobody"}) == []
+    status, headers, _ = get(address, "/studies?limit=0&fuzzymatching=true")
+    assert status == 204
+    told = " ".join(headers.get_all("Warning"))
+    assert "additional" in told and "fuzzymatching" in told
+
+
 def test_fields_are_included(web, address, images):
     """Attributes are included by keyword or tag, repeated or listed, or all of them."""
     study = images[1]["1.2.3.1"].StudyInstanceUID

@@ -132,6 +132,8 @@ async def search(services: Services, scope: Scope) -> Answered:
         number = "" if more is None else f"{more} "
         warnings.append(f"There are {number}additional results that can be requested.")
     headers = [(b"warning", f'299 dicomstore "{text}"'.encode()) for text in warnings]
+    if not found:
+        return Answered(204, "", b"", headers)
     return Answered(200, JSON, reading.dumped(found), headers)
 
 
