@@ -10,7 +10,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote
 
 from starlette.types import Scope
 
@@ -25,7 +25,7 @@ from dicomstore.store import DicomStore
 from dicomstore.web import accept, matching, reading
 from dicomstore.web.accept import PLAIN, STREAM, Accepted
 from dicomstore.web.fetching import REMEMBERED, Fetching, Stored, inflated
-from dicomstore.web.searching import Searching
+from dicomstore.web.searching import Found, Searching
 
 JSON = "application/dicom+json"
 DICOM = "application/dicom"
@@ -160,33 +160,24 @@ async def metadata(services: Services, scope: Scope) -> Answered:
     _accept(scope, JSON, "application/json")
     uids = _uids(scope)
     instances = await _instances(services, uids)
-    base = _base(scope)
+    study = f"{_base(scope)}/studies/{uids['studyInstanceUID']}"
     if len(instances) > TOGETHER:  # before a part of the answer is sent
-        _check_json(instances, await services.fetching.without_json([key for _, key in instances]))
-    urls = _urls(uids, instances, base)
+        _check_json(instances, await services.fetching.without_json([one.key for one in instances]))
+    # Files may have UIDs that are none: quoted, they do no harm in the answer.
+    urls = [f"{study}/series/{quote(one.series)}/instances/{quote(one.uid)}" for one in instances]
     pieces = _metadata(services, instances, urls)
     if len(instances) <= TOGETHER:
         return Answered(200, JSON, b"".join([piece async for piece in pieces]))
     return Answered(200, JSON, pieces)
 
 
-def _urls(uids: dict[str, str], instances: list[tuple[str, str]], base: str) -> list[str]:
-    """Return the address of each instance; its JSON says which series, if the request does not."""
-    study = f"{base}/studies/{uids['studyInstanceUID']}"
-    series = uids.get("seriesInstanceUID", _SERIES)
-    return [f"{study}/series/{series}/instances/{uid}" for uid, _ in instances]
-
-
-_SERIES = "\0"
-
-
 async def _metadata(
-    services: Services, instances: list[tuple[str, str]], urls: list[str]
+    services: Services, instances: list[Found], urls: list[str]
 ) -> AsyncIterator[bytes]:
     opening = b"["
     for first in range(0, len(instances), TOGETHER):
         group = instances[first : first + TOGETHER]
-        keys = [key for _, key in group]
+        keys = [one.key for one in group]
         texts = await services.fetching.json(keys)
         _check_json(group, {key for key, text in zip(keys, texts, strict=True) if text == b""})
         own = urls[first : first + TOGETHER]
@@ -198,13 +189,13 @@ async def _metadata(
     yield b"[]" if opening == b"[" else b"]"
 
 
-def _check_json(instances: list[tuple[str, str]], lacking: Collection[str]) -> None:
-    for uid, key in instances:
-        if key in lacking:
+def _check_json(instances: list[Found], lacking: Collection[str]) -> None:
+    for one in instances:
+        if one.key in lacking:
             raise Problem(
                 500,
-                f"The instance {uid} has no metadata: its data set cannot be read to its end, or "
-                "is too large. Ask for the instance itself.",
+                f"The instance {one.uid} has no metadata: its data set cannot be read to its end, "
+                "or is too large. Ask for the instance itself.",
             )
 
 
@@ -215,9 +206,6 @@ def _joined(parts: list[tuple[bytes | None, str]]) -> bytes:
         if compressed is None:
             continue
         text = inflated(compressed)
-        if _SERIES in url:
-            found = re.search(rb'"0020000E":\{"vr":"UI","Value":\["([0-9.]+)"', text)
-            url = url.replace(_SERIES, found[1].decode() if found else "")
         # In a text, quotes are escaped: this is found only where it is a member.
         whole = f'"BulkDataURI":"{url}/bulkdata/'.encode()
         texts.append(text.replace(b'"BulkDataURI":"bulkdata/', whole))
@@ -288,10 +276,9 @@ async def retrieve(services: Services, scope: Scope) -> Answered:
         raise Problem(406, "Instances are sent only as application/dicom.")
     instances = await _instances(services, _uids(scope))
     syntaxes = {one.syntax for one in wanted}
-    versions: list[tuple[str, Stored]] = []
     if len(instances) == 1:
-        versions = [(key, await services.fetching.stored(key, anew=True)) for _, key in instances]
-        if syntaxes.isdisjoint({None, "*", versions[0][1].syntax}):
+        stored = await services.fetching.stored(instances[0].key, anew=True)
+        if syntaxes.isdisjoint({None, "*", stored.syntax}):
             raise Problem(406, "The instance is not stored in an accepted transfer syntax.")
 
     async def file(key: str) -> AsyncIterator[bytes]:
@@ -301,7 +288,7 @@ async def retrieve(services: Services, scope: Scope) -> Answered:
 
     single = next((one for one in wanted if not one.multipart and one.type == DICOM), None)
     if single is not None and len(instances) == 1:
-        return Answered(200, DICOM, file(instances[0][1]))
+        return Answered(200, DICOM, file(instances[0].key))
 
     async def is_accepted(key: str) -> bool:
         if syntaxes & {None, "*"}:
@@ -309,9 +296,9 @@ async def retrieve(services: Services, scope: Scope) -> Answered:
         return (await services.fetching.stored(key)).syntax in syntaxes
 
     async def parts() -> AsyncIterator[AsyncIterator[bytes]]:
-        for _, key in instances:
-            if await is_accepted(key):
-                yield file(key)
+        for one in instances:
+            if await is_accepted(one.key):
+                yield file(one.key)
 
     return _multipart(DICOM, DICOM, parts())
 
@@ -347,7 +334,7 @@ async def _image(services: Services, scope: Scope, size: tuple[int, int] | None)
         key = await _instance(services, uids)
     else:
         instances = await _instances(services, uids)
-        key = instances[len(instances) // 2][1]
+        key = instances[len(instances) // 2].key
     k = _frame_numbers(scope)[0] if "frames" in scope["path_params"] else 0
     try:
         image = await services.compute(reading.image, services.store, key, k, kinds[0], shown)
@@ -410,9 +397,9 @@ def _uids(scope: Scope) -> dict[str, str]:
     return found
 
 
-async def _instances(services: Services, uids: dict[str, str]) -> list[tuple[str, str]]:
-    """Return SOP Instance UID and key of the instances with these UIDs."""
-    found = await services.searching.keys(uids)
+async def _instances(services: Services, uids: dict[str, str]) -> list[Found]:
+    """Return the instances with these UIDs, one or more."""
+    found = await services.searching.instances(uids)
     if not found:
         raise Problem(404, "There is nothing with these UIDs.")
     return found
@@ -420,8 +407,8 @@ async def _instances(services: Services, uids: dict[str, str]) -> list[tuple[str
 
 async def _instance(services: Services, uids: dict[str, str]) -> str:
     """Return the key of the instance with these UIDs."""
-    ((_, key),) = await _instances(services, uids)
-    return key
+    (one,) = await _instances(services, uids)
+    return one.key
 
 
 def _frame_numbers(scope: Scope) -> list[int]:
@@ -435,7 +422,7 @@ def _frame_numbers(scope: Scope) -> list[int]:
     return numbers
 
 
-def _parameters(scope: Scope) -> list[tuple[str, str]]:
+def _parameters(scope: Scope) -> list[Found]:
     query = scope["query_string"]
     if len(query) > LONGEST_QUERY:
         raise Problem(413, "The query is too long.")

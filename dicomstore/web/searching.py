@@ -7,7 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from datetime import date, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import redis
 
@@ -38,6 +38,14 @@ class TooBroadError(ValueError):
     """More values fit than can be looked for."""
 
 
+class Found(NamedTuple):
+    """An instance: its SOP Instance UID, the key of its document, and its Series Instance UID."""
+
+    uid: str
+    key: str
+    series: str
+
+
 class Searching:
     """Asks the index.
 
@@ -52,19 +60,21 @@ class Searching:
         self._state: Any = None
         self._latest: date | None = None
 
-    async def keys(self, uids: dict[str, str]) -> list[tuple[str, str]]:
-        """Return SOP Instance UID and key of instances, in order of their paths.
+    async def instances(self, uids: dict[str, str]) -> list[Found]:
+        """Return the instances that have these UIDs, in order of their paths.
 
         Of files that share all three UIDs it is the one whose path comes first.
         """
         rows = await self._rows(
-            await self._index(), {**uids, "sopInstanceUID": uids.get("sopInstanceUID", ...)},
-            ("LOAD", "2", "@__key", "@sopInstanceUID"),
+            await self._index(), {**dict.fromkeys(UIDS.values(), ...), **uids},
+            ("LOAD", "3", "@__key", "@seriesInstanceUID", "@sopInstanceUID"),
         )  # fmt: skip
-        found: dict[str, str] = {}
+        found: dict[tuple[bytes, bytes], Found] = {}
         for row in sorted(rows, key=lambda row: row[b"__key"]):
-            found.setdefault(row[b"sopInstanceUID"].decode(), os.fsdecode(row[b"__key"]))
-        return list(found.items())
+            series, uid = row[b"seriesInstanceUID"], row[b"sopInstanceUID"]
+            one = Found(uid.decode(), os.fsdecode(row[b"__key"]), series.decode())
+            found.setdefault((series, uid), one)
+        return list(found.values())
 
     async def find(self, wanted: Wanted) -> tuple[list[dict[str, Any]], int | None]:
         """Return what is asked for as data sets in DICOM JSON, and how many more there are.
