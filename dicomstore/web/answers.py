@@ -422,7 +422,7 @@ def _frame_numbers(scope: Scope) -> list[int]:
     return numbers
 
 
-def _parameters(scope: Scope) -> list[Found]:
+def _parameters(scope: Scope) -> list[tuple[str, str]]:
     query = scope["query_string"]
     if len(query) > LONGEST_QUERY:
         raise Problem(413, "The query is too long.")
