@@ -13,6 +13,7 @@ import pytest
 import redis
 from conftest import PYDICOM_FILES
 from samples import before_commit, dicom, element
+from test_web import get, serving
 
 from dicomstore import DicomStore, connect, not_, words
 from dicomstore.blobs.chunks import Chunks
@@ -305,6 +306,8 @@ def whole_run(client, folder, out):
     store.put("a.dcm", dicom(Modality="MR"))
     assert list(store.find(modality="MR")["path"]) == ["a.dcm"]
     assert store.count_by("imageName").to_dict() == {"a.dcm": 1, "b.dcm": 1}
+    with serving(store) as address:
+        assert get(address, "/studies?PatientID=*nobody*")[0] == 204
     assert store.read("b.dcm") == (folder / "b.dcm").read_bytes()
     assert store.verify()["status"].tolist() == ["ok", "ok"]
     assert store.restore(out)["status"].tolist() == ["restored", "restored"]

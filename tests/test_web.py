@@ -321,6 +321,38 @@ def test_only_the_latest_studies_are_looked_at(store, monkeypatch):
         assert old == whole[4:6]
 
 
+def test_only_the_first_studies_are_looked_at(store, monkeypatch):
+    """Of many instances only the first studies' are read; every page is as if all had been."""
+    from tests.samples import dicom
+
+    for number in range(24):
+        store.put(f"{number}.dcm", dicom(
+            StudyInstanceUID=f"1.2.{number % 12}",
+            SeriesInstanceUID=f"1.3.{number % 12}.{number // 18}",
+            SOPInstanceUID=f"1.4.{23 - number}", Modality="CT" if number < 20 else "PT",
+            **{"InstanceNumber": number % 5} if number % 7 else {},
+        ))  # fmt: skip
+    store.put("same.dcm", dicom(
+        StudyInstanceUID="1.2.0", SeriesInstanceUID="1.3.0.0", SOPInstanceUID="1.4.23"
+    ))  # fmt: skip
+    with serving(store) as address:
+        web = DICOMwebClient(address)
+        for filters in ({}, {"Modality": "CT"}, {"StudyInstanceUID": "1.2.1,1.2.5"}):
+            for search in (web.search_for_series, web.search_for_instances):
+                whole = search(search_filters=filters)
+                with monkeypatch.context() as patch:
+                    patch.setattr("dicomstore.web.searching.GROUPED", 0)
+                    patch.setattr("dicomstore.web.searching.FIRST_STUDIES", 1)
+                    for offset in range(0, len(whole) + 1, 3):
+                        for limit in (1, 4, 30):
+                            found = search(limit=limit, offset=offset, search_filters=filters)
+                            assert found == whole[offset : offset + limit]
+        monkeypatch.setattr("dicomstore.web.searching.GROUPED", 0)
+        told = [get(address, f"/instances?limit={n}")[1].get("Warning", "") for n in (2, 23, 24)]
+        assert "There are additional" in told[0] and "There are" in told[1]
+        assert not told[2]
+
+
 # --- WADO-RS -------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,8 @@ REMEMBERED_ROWS = 20_000
 GROUPED = 20_000
 #: So many days at first; then twice as many, until there are studies enough.
 FIRST_DAYS = 8
+#: Of the first so many studies at first, if series or instances of all are looked for.
+FIRST_STUDIES = 8
 #: A date before any study's.
 EARLIEST = date(1950, 1, 1)
 
@@ -86,9 +88,7 @@ class Searching:
         conditions = {**dict.fromkeys(UIDS.values(), ...), **wanted.conditions}
         for name, fits in wanted.fits.items():
             field = "modality" if name == "ModalitiesInStudy" else index.field(name)
-            groups = await self._rows(index, {}, ("GROUPBY", "1", f"@{field}"))
-            values = [row[field.encode()] for row in groups if row.get(field.encode()) is not None]
-            fitting = [text for value in values if fits(text := value.decode())]
+            fitting = [value for value in await self._values(index, field) if fits(value)]
             if len(fitting) > MOST_VALUES:
                 raise TooBroadError(f"{name}: over {MOST_VALUES} values fit; give more of it.")
             if not fitting:
@@ -98,18 +98,15 @@ class Searching:
             conditions["modality"] = conditions.pop("ModalitiesInStudy")
         if "SOPClassesInStudy" in conditions:
             conditions["sopClassUID"] = conditions.pop("SOPClassesInStudy")
-        are_all = True
-        if wanted.level == STUDY:
-            most = wanted.offset + wanted.limit
-            rows, are_all = await self._latest_studies(index, conditions, most)
-        else:
-            rows = await self._matches(index, wanted.level, conditions)
+        look = self._latest_studies if wanted.level == STUDY else self._first_matches
+        most = wanted.offset + wanted.limit
+        rows, are_all = await look(index, wanted.level, conditions, most)
         page = rows[wanted.offset : wanted.offset + wanted.limit]
         more = max(0, len(rows) - wanted.offset - len(page)) if are_all else None
         return await self._described(index, wanted, page), more
 
     async def _latest_studies(
-        self, index: Index, conditions: dict[str, Any], most: int
+        self, index: Index, _: str, conditions: dict[str, Any], most: int
     ) -> tuple[list[Row], bool]:
         """Return the studies that fit, the latest first, and whether these are all.
 
@@ -138,6 +135,28 @@ class Searching:
             return date.fromisoformat(str(int(_number(row, b"date"))))
         except ValueError:
             return EARLIEST
+
+    async def _first_matches(
+        self, index: Index, level: str, conditions: dict[str, Any], most: int
+    ) -> tuple[list[Row], bool]:
+        """Return series or instances that fit, in order of UIDs and numbers; whether it is all.
+
+        Of many instances only those of the studies that come first are read, if there are more
+        than `most` series or instances in them.
+        """
+        uid = UIDS[STUDY]
+        if conditions[uid] is ... and await self._count(index, conditions) > GROUPED:
+            studies = sorted(await self._values(index, uid))
+            rows: list[Row] = []
+            at, step = 0, FIRST_STUDIES
+            while at < len(studies):
+                some = {uid: studies[at : at + step]}
+                rows += await self._matches(index, level, conditions | some)
+                if len(rows) > most:
+                    return rows, False
+                at, step = at + step, min(2 * step, MOST_VALUES)
+            return rows, True
+        return await self._matches(index, level, conditions), True
 
     async def _matches(self, index: Index, level: str, conditions: dict[str, Any]) -> list[Row]:
         """Return the UIDs of what fits, in order of UIDs and numbers."""
@@ -262,6 +281,18 @@ class Searching:
             self._remembered.clear()
             self._state = state
         return Index.of(info)
+
+    async def _values(self, index: Index, field: str) -> list[str]:
+        """Return the values of a field, those of deleted documents perhaps among them."""
+        (reply,) = await self._fetching.replies([("FT.TAGVALS", index.name, field)])
+        if isinstance(reply, redis.ResponseError):
+            raise SearchError(
+                "The values of a field cannot be listed: allow the user FT.TAGVALS, as in "
+                "docs/security.md."
+            ) from reply
+        if isinstance(reply, Exception):
+            raise reply
+        return [value.decode() for value in reply]
 
     async def _count(self, index: Index, conditions: dict[str, Any]) -> int:
         """Return how many instances meet the conditions, those without UIDs among them."""
