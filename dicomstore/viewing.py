@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import os
@@ -31,6 +30,7 @@ from dicomstore.errors import (
     MissingChunkError,
     NotDicomError,
 )
+from dicomstore.imaging.describing import describe_all
 from dicomstore.imaging.frames import OPTIONS, Frames, is_sound, locate
 from dicomstore.imaging.header import dataset_start, read
 from dicomstore.imaging.metadata import compressed_json
@@ -49,6 +49,8 @@ FRAME_MEMBERS = (
 )
 #: So many instances are remembered, with where their frames lie.
 REMEMBERED = 256
+#: A file that a worker has to describe again is sent to it whole, up to this size (bytes).
+WHOLE_BYTES = 256 * 1024 * 1024
 #: How often a frame is read again when its instance is replaced meanwhile.
 ATTEMPTS = 20
 
@@ -262,11 +264,16 @@ class Viewing:
 
 
 def _dicom_json(file: BinaryIO) -> bytes | None:
-    """Return a file's data set as DICOM JSON, compressed; None if that needs a worker."""
+    """Return a file's data set as DICOM JSON, compressed; None if it cannot be made."""
     elements = read(file)
-    with contextlib.suppress(OddTextError):
+    try:
         return elements and compressed_json(elements)
-    return None
+    except OddTextError:
+        if file.seek(0, io.SEEK_END) > WHOLE_BYTES:
+            return None
+    file.seek(0)
+    ((_, described),) = describe_all([(None, file.read())], 1, False)  # by a worker
+    return None if isinstance(described, OSError) else described.attachments.get("json")
 
 
 def _options(members: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """DICOMweb over a store that Redis has lost something of, and over what is hard to read."""
 
 import json
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from dicomstore import DicomStore
 from dicomstore.imaging import header, values
 from dicomstore.web import answers
 from tests.conftest import PYDICOM_FILES
-from tests.samples import dicom
+from tests.samples import PREAMBLE, dicom, element
 from tests.test_metadata import READ_DIFFERENTLY, by_pydicom
 from tests.test_web import get, serving
 
@@ -88,6 +90,28 @@ def test_what_is_lost_comes_from_the_source(client, tmp_path, name, lose, is_kno
                     assert json.loads(found[1]) == json.loads(expected[1])
                 else:
                     assert found == expected, where
+
+
+@pytest.mark.parametrize("lose", [remove, damage])
+def test_lost_metadata_of_odd_text_is_made_again(client, tmp_path, lose):
+    """Text that only a process of its own may decode is in the metadata again after a loss."""
+    name = b"Secret^Name\x1b$Z" + b"\xff" * 3 + b"x" * 80
+    content = PREAMBLE + b"".join((
+        element(0x00080005, "CS", b"ISO 2022 IR 100 "), element(0x00080018, "UI", b"1.4\0"),
+        element(0x00100010, "PN", name), element(0x0020000D, "UI", b"1.2\0"),
+        element(0x0020000E, "UI", b"1.3\0"),
+    ))  # fmt: skip
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "odd.dcm").write_bytes(content)
+    store = DicomStore(client, chunk_size=1000, progress=False, thumbnails=False, source=folder)
+    store.load(folder)
+    with serving(store) as address:
+        before = answer(address, f"{SERIES}/instances/1.4/metadata", "*/*")
+        assert before[0] == 200 and b"Secret" in before[1]
+        lose(client)
+        assert answer(address, f"{SERIES}/instances/1.4/metadata", "*/*") == before
+    assert client.exists(store.manifest("odd.dcm").attachment_key("json"))
 
 
 @pytest.mark.parametrize("lose", [remove, damage])
@@ -206,6 +230,29 @@ def test_metadata_of_every_real_file(store):
             assert json.loads(body) == json.loads(json.dumps([expected])), file.name
             compared += 1
     assert compared > 60
+
+
+@pytest.mark.parametrize("has_source", [True, False])
+def test_the_command_line_serves_what_its_source_has(server, client, tmp_path, has_source):
+    """`--source` brings back a file whose chunks were deleted; without it that is an error."""
+    content = (PYDICOM_FILES / "CT_small.dcm").read_bytes()
+    (tmp_path / "CT_small.dcm").write_bytes(content)
+    DicomStore(client, progress=False, thumbnails=False).load(tmp_path)
+    remove(client)
+    source = ["--source", tmp_path] if has_source else []
+    web = subprocess.Popen(
+        [sys.executable, "-m", "dicomstore.web", "--port=0", *source],
+        cwd=Path(__file__).parent.parent, env={**os.environ, "REDIS_URL": server.url},
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        address = web.stdout.readline().split()[-1]
+        path = path_of(pydicom.dcmread(tmp_path / "CT_small.dcm"))
+        found = get(address, path, Accept="application/dicom")
+        assert (found[0], found[2] == content) == ((200, True) if has_source else (500, False))
+    finally:
+        web.terminate()
+        web.communicate(timeout=30)
 
 
 # --- docs/dicomweb.md ----------------------------------------------------------------------------
