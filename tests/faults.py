@@ -17,6 +17,7 @@ from faults_of_clusters import failovers, slot_moves
 from faults_of_files import hostile_values, mutated_files
 from faults_of_loaders import eviction, killed_loaders, killed_server, racing_loaders
 from faults_of_servers import failing_servers, full_disk
+from faults_of_tiers import tiers
 from faults_shared import store_of
 
 from dicomstore import connect
@@ -38,6 +39,7 @@ FAULTS = {
     damage: (60, 2000),
     mended_damage: (4, 200),
     refills: (6, 300),
+    tiers: (3, 60),
     racing_loaders: (8, 500),
     eviction: (40, 200),
     mutated_files: (150, 10_000),

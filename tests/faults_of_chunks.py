@@ -147,8 +147,8 @@ def damage_some(client, manifests):
     count = 0
     for manifest in manifests:
         for key in manifest.chunk_keys():
-            if random.random() < 0.25:
-                damaged = random.choice(list(CHUNK_DAMAGE.values()))(client.get(key))
+            if random.random() < 0.25 and (chunk := client.get(key)):
+                damaged = random.choice(list(CHUNK_DAMAGE.values()))(chunk)
                 client.unlink(key) if damaged is None else client.set(key, damaged)
                 count += 1
     return count
