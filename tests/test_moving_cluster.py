@@ -197,7 +197,6 @@ def test_a_replica_takes_over():
             assert stored >= max(sure)
             parts = server.commands([("GET", f"{{{key}}}:{n}:{stored}") for n in range(3)])
             assert parts == [str(stored).encode()] * 3
-        assert server.key_count() > 0 and server.memory_used() > 0
 
 
 def test_a_cluster_without_a_replacement():
@@ -215,7 +214,6 @@ def test_a_cluster_without_a_replacement():
             lambda: server.command("GET", key),
             lambda: server.transaction([key], add_one(key)),
             lambda: list(server.scan("*", "string")),
-            server.key_count,
         ):
             with pytest.raises(ServerError, match="again") as caught:
                 action()

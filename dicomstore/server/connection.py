@@ -266,18 +266,6 @@ class Server:
         number = self.engines().get(name, 0)
         return f"{number // 10000}.{number // 100 % 100}.{number % 100}" if number else "none"
 
-    def key_count(self) -> int:
-        """Return how many keys there are, on all nodes together."""
-        return sum(self._from_each("DBSIZE"))
-
-    def memory_used(self) -> int:
-        """Return how many bytes of memory Redis has allocated, on all nodes together."""
-        return sum(info["used_memory"] for info in self._from_each("INFO", "memory"))
-
-    def _from_each(self, *words: Any) -> list[Any]:
-        with _translated():
-            return self._nodes.from_each(words)
-
     # --- for the wire, which connects by itself ---
 
     def wire_client(self) -> redis.Redis | None:
@@ -287,14 +275,6 @@ class Server:
         Sentinel, a credential provider, OCSP or a connection class of the caller's own.
         """
         return None if isinstance(self.client, redis.RedisCluster) else _if_plain(self.client)
-
-    def nodes_for(self, keys: Sequence[str]) -> list[tuple[redis.Redis, list[int]]]:
-        """Return a client of each node that holds some of `keys`, with their positions in it.
-
-        These clients do not follow slots that move: what one of them refuses or loses has to be
-        sent again by `replies`.
-        """
-        return self._nodes.nodes_for(keys)
 
 
 # --- clients -------------------------------------------------------------------------------------

@@ -76,17 +76,9 @@ class OneServer:
         """Do `body` until none of `keys` is changed meanwhile."""
         return _transact(self._client.pipeline(), keys, body)
 
-    def from_each(self, words: Command) -> list[Any]:
-        """Send a command without a key; return the reply."""
-        return _pipelined(self._client, [words])
-
     def scan(self, pattern: str, kind: str) -> Iterator[bytes]:
         """Yield the keys of a type that match a glob pattern."""
         return _scanned(self._client, pattern, kind)
-
-    def nodes_for(self, keys: Sequence[str]) -> list[tuple[redis.Redis, list[int]]]:
-        """Return the client, with the positions of all keys."""
-        return [(self._client, list(range(len(keys))))]
 
 
 # --- a cluster ---
@@ -222,18 +214,6 @@ class Cluster:
             self._adapt(lost)
         raise AssertionError("unreachable: the last try returns")
 
-    def from_each(self, words: Command) -> list[Any]:
-        """Send a command without a key to all primaries; return the replies."""
-        for is_last in self._tries():
-            try:
-                nodes = map(self._client.get_redis_connection, self._client.get_primaries())
-                return [node.execute_command(*words) for node in nodes]
-            except PASSING as error:
-                if is_last or not is_passing(error):
-                    raise
-                self._adapt([error])
-        raise AssertionError("unreachable: the last try returns or raises")
-
     def scan(self, pattern: str, kind: str) -> Iterator[bytes]:
         """Yield the keys of all primaries, each once, and again whatever moved meanwhile."""
         seen: set[bytes] = set()
@@ -252,19 +232,6 @@ class Cluster:
             except PASSING as error:
                 if next(patience) or not is_passing(error):
                     raise
-
-    def nodes_for(self, keys: Sequence[str]) -> list[tuple[redis.Redis, list[int]]]:
-        """Return a client of each node that holds some of `keys`, with their positions in it."""
-        positions: dict[str, list[int]] = {}
-        nodes: dict[str, ClusterNode] = {}
-        for position, key in enumerate(keys):
-            node = self._client.get_node_from_key(key)
-            nodes[node.name] = node
-            positions.setdefault(node.name, []).append(position)
-        return [
-            (self._client.get_redis_connection(nodes[name]), found)
-            for name, found in positions.items()
-        ]
 
     def _tries(self) -> Iterator[bool]:
         """Yield until patience ends, after longer and longer pauses; True the last time."""
