@@ -6,13 +6,15 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from dicomstore.blobs.chunks import Chunks
-from dicomstore.blobs.manifest import STORAGE_MEMBERS, Document
+from dicomstore.blobs.manifest import STORAGE_MEMBERS, Document, Manifest, parse_document
 from dicomstore.blobs.versions import Versions
 from dicomstore.catalogue.index import Catalogue
-from dicomstore.errors import DicomRedisError, MissingChunkError
+from dicomstore.errors import DamagedError, DicomRedisError, MissingChunkError
+from dicomstore.keys import shown_path
 from dicomstore.reading import Reading
 from dicomstore.tier import Tier
 
@@ -127,13 +129,25 @@ class Prefetcher:
                 prefetch.end()
 
     def _fetch(self, key: str, prefetch: Prefetch) -> None:
-        (stored,) = self._versions.stored([key], STORAGE_MEMBERS)
-        if stored is None or isinstance(stored, Exception) or stored.document is None:
-            return
         try:
-            self._heat(stored.document, prefetch)
-        except MissingChunkError as error:
+            document = self._document(key)
+            if document is None:
+                self._take(partial(self._load, key), prefetch)
+            else:
+                self._heat(document, prefetch)
+        except (MissingChunkError, DamagedError) as error:
             prefetch.failures[key] = str(error)
+
+    def _document(self, key: str) -> Document | None:
+        members = self._versions.members(key, STORAGE_MEMBERS)
+        return None if members is None else parse_document(key, members)
+
+    def _load(self, key: str) -> int:
+        """Load a file whose document is gone; return its size in bytes."""
+        document = self._document(key) if self._tier.load_evicted(key) else None
+        if document is None:
+            raise MissingChunkError(f"{shown_path(key)} is gone, and the source cannot help.")
+        return document.manifest.size
 
     def _heat(self, document: Document, prefetch: Prefetch) -> None:
         """Fetch the chunks of a file that are not in Redis."""
@@ -141,15 +155,22 @@ class Prefetcher:
         gone = self._chunks.gone(manifest)
         step = max(1, PIECE_BYTES // manifest.chunk_size)
         for first in range(0, len(gone), step):
-            while self._tier.is_fetching and not self._stopping.wait(PATIENCE_S):
-                pass
-            if self._stopping.is_set():
-                return
-            started = time.monotonic()
             crcs = {number: document.crc[number] for number in gone[first : first + step]}
-            size = sum(map(len, self._tier.mend(manifest, crcs).values()))
-            prefetch.fetched += size
-            self._stopping.wait(max(0.0, size / self._bytes_per_s - (time.monotonic() - started)))
+            self._take(partial(self._mend, manifest, crcs), prefetch)
+
+    def _mend(self, manifest: Manifest, crcs: Mapping[int, int]) -> int:
+        return sum(map(len, self._tier.mend(manifest, crcs).values()))
+
+    def _take(self, fetch: Callable[[], int], prefetch: Prefetch) -> None:
+        """Call `fetch`, which returns a number of bytes, when no read waits; keep the bandwidth."""
+        while self._tier.is_fetching and not self._stopping.wait(PATIENCE_S):
+            pass
+        if self._stopping.is_set():
+            return
+        started = time.monotonic()
+        size = fetch()
+        prefetch.fetched += size
+        self._stopping.wait(max(0.0, size / self._bytes_per_s - (time.monotonic() - started)))
 
 
 class Around:

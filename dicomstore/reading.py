@@ -85,10 +85,7 @@ class Reading:
         NotStoredError, AmbiguousNameError
             If the name is not that of one stored file.
         """
-        keys = [document_key(name)]
-        if name.startswith(DOCUMENT_PREFIX):
-            keys.insert(0, name)
-        for key in keys:
+        for key in _keys(name):
             found = self._versions.members(key, names)
             if found is None and mender is not None and mender.load(key):
                 found = self._versions.members(key, names)
@@ -114,6 +111,13 @@ class Reading:
                 f"No file {shown_path(name)!r} is stored: it is not a key, a path or an imageName."
             )
         return images[0], found
+
+    def key_to_fetch(self, name: str) -> str:
+        """Return the key of the file that `name` means: one that is stored, or at the source."""
+        for key in _keys(name):
+            if self._versions.members(key, ("version",)) is not None or self._tier.has(key):
+                return key
+        return self.members(name, ("version",))[0]
 
     def manifest(self, name: str) -> Manifest:
         """Return the manifest of the stored version."""
@@ -371,6 +375,11 @@ class _Remembered:
     def forget(self, key: str) -> None:
         with self._lock:
             self._manifests.pop(key, None)
+
+
+def _keys(name: str) -> list[str]:
+    """Return the keys that a key or a path can mean, the likelier one first."""
+    return [*([name] if name.startswith(DOCUMENT_PREFIX) else []), document_key(name)]
 
 
 def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -41,6 +41,15 @@ class Source:
     def __repr__(self) -> str:
         return f"Source({type(self._files).__name__})"  # a URL may hold a password
 
+    def has(self, key: str) -> bool:
+        """Whether the file of a document is there."""
+        try:
+            place = self._place(key)
+            with self._translated():
+                return self._is_local or bool(self._files.exists(place))
+        except OSError:
+            return False
+
     def ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Return pieces of a file, given where each begins and its length, in bytes.
 

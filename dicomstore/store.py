@@ -630,12 +630,17 @@ class DicomStore:
         ------
         ValueError
             If the store has no source, or neither names nor conditions are given.
+        NotStoredError, AmbiguousNameError
+            If a name is not that of one file, stored or at the source.
         """
         if not self._tier.has_source:
             raise ValueError("There is nothing to fetch from: give the store a source.")
         if (names is None) == (not conditions):
             raise ValueError("Give either names or conditions of the files to fetch.")
-        keys = self._catalogue.keys_of(**conditions) if names is None else self._keys(names, "")
+        if names is None:
+            keys = self._catalogue.keys_of(**conditions)
+        else:
+            keys = list(dict.fromkeys(map(self._reading.key_to_fetch, _names(names))))
         prefetch = Prefetch(keys)
         self._prefetcher.start(prefetch, lambda: keys)
         return prefetch

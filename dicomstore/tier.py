@@ -64,6 +64,10 @@ class Tier:
         """Whether there is a place that lost chunks come from."""
         return self._source is not None
 
+    def has(self, key: str) -> bool:
+        """Whether the source has the file of a document."""
+        return self._source is not None and self._source.has(key)
+
     @property
     def hits(self) -> int:
         """How many reads found the whole file in Redis."""
