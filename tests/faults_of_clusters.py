@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import random
 import time
 from collections import Counter
@@ -25,14 +26,26 @@ def slot_moves(seconds):
     with running_cluster(3) as nodes, connect(nodes[0].url) as client:
         keys = ["file:a", "file:b", *(f"file:own/{n}" for n in range(1, SLOTS - 1))]
         slots = [Slot(nodes, client.keyslot(key)) for key in keys]
-        with StoreWork(nodes[0].url) as work, moving(nodes, slots, pause=0.005) as moves:
-            begun = time.monotonic()
-            wait_until(
-                lambda: (
-                    work.failures or (time.monotonic() > begun + seconds and len(moves) > SLOTS)
-                ),
-                seconds + 60,
-            )
+        shared = slots[:2]
+        begun_at = [slot.owner() for slot in shared]
+        with StoreWork(nodes[0].url) as work:
+            with moving(nodes, slots, pause=0.005) as moves:
+                begun = time.monotonic()
+                wait_until(
+                    lambda: (
+                        work.failures or (time.monotonic() > begun + seconds and len(moves) > SLOTS)
+                    ),
+                    seconds + 60,
+                )
+            # While slots come and go, a client that follows none of them has only to wait.
+            for slot, first in zip(shared, begun_at, strict=True):
+                source = slot.owner()
+                target = next(name for name in slot.nodes if name not in (first, source))
+                slot.begin(target)
+                slot.move_keys(source, target)
+                assert _go_on(work, 5), work.failures
+                slot.end(target)
+                assert _go_on(work, 5), work.failures
         assert work.failures == [] and work.refused == 0, (work.failures, work.refused)
         assert work.reads > 10 and len(work.loaded) > 10
         with work.store(client) as store:
@@ -53,7 +66,10 @@ def failovers(kills):
         work = stack.enter_context(StoreWork(nodes[-1].url))
         killed, longest = [], 0.0
         for _ in range(kills):
-            wait_until(lambda: _go_on(work, 5) or work.failures)
+            assert _go_on(work, 10), work.failures  # what a kill has lost is stored again
+            refused = work.refused
+            assert _go_on(work, 30), work.failures
+            assert work.refused == refused, "a file was lost before anything was killed"
             victim = random.choice([node for node in nodes if _role(node) == "master"])
             name = _name(victim)
             killed.append(time.monotonic())
@@ -89,11 +105,13 @@ def failovers(kills):
 
 
 def _go_on(work, count):
-    """Wait until so many files more are added and read; return whether nothing has failed."""
-    loaded, reads = len(work.loaded) + count, work.reads + count
-    wait_until(
-        lambda: work.failures or (len(work.loaded) > loaded and work.reads > reads), seconds=60
-    )
+    """Wait until so many files more are added, read and replaced; return whether nothing failed."""
+
+    def done():
+        return len(work.loaded), work.reads, work.replaced
+
+    wanted = [number + count for number in done()]
+    wait_until(lambda: work.failures or all(map(operator.gt, done(), wanted)), seconds=60)
     return not work.failures
 
 
