@@ -20,7 +20,7 @@ from dicomstore.blobs.manifest import (
     parse_manifest,
 )
 from dicomstore.blobs.reader import CACHE_BYTES, ChunkReader
-from dicomstore.blobs.versions import Versions
+from dicomstore.blobs.versions import Versions, is_foreign
 from dicomstore.catalogue.index import Catalogue
 from dicomstore.errors import (
     AmbiguousNameError,
@@ -256,6 +256,8 @@ class Reading:
         commands.append(("JSON.GET", manifest.key, "$.version", *runs))
         *groups, reply = self._server.replies(commands)
         if isinstance(reply, Exception):
+            if not is_foreign(reply):
+                raise reply
             raise DamagedError(f"{manifest.key} cannot be read: {reply}") from reply
         found = json.loads(reply or "{}")
         if found.get("$.version") != [manifest.version]:

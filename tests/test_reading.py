@@ -14,7 +14,13 @@ from conftest import PYDICOM_FILES
 from samples import dicom
 
 from dicomstore import DicomStore, connect
-from dicomstore.errors import AmbiguousNameError, DamagedError, MissingChunkError, NotStoredError
+from dicomstore.errors import (
+    AmbiguousNameError,
+    DamagedError,
+    MissingChunkError,
+    NotStoredError,
+    RefusedError,
+)
 
 
 @pytest.fixture
@@ -29,6 +35,18 @@ def fill(folder, count, size=0):
     for name, image in images.items():
         (folder / name).write_bytes(image)
     return images
+
+
+def test_what_the_server_refuses_is_no_damage(client, store):
+    """An open reader tells the server's refusal as that, and does not call the file damaged."""
+    store.put("a", dicom())
+    with store.open("a") as file:
+        client.execute_command("ACL SETUSER", "default", "-json.get")
+        try:
+            with pytest.raises(RefusedError, match=r"json\.get"):
+                file.read()
+        finally:
+            client.execute_command("ACL SETUSER", "default", "+json.get")
 
 
 # --- never stale ---------------------------------------------------------------------------------
