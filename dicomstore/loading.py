@@ -126,24 +126,29 @@ class Progress:
     def __init__(self, loads: Sequence[Load], *, shown: bool) -> None:
         self._sizes = {load.key: load.size() if shown else 0 for load in loads}
         self._files = self._bytes = 0
-        self._bar = tqdm(
+        # Not `disable`: the first bar of a process takes milliseconds, and a semaphore.
+        self._bar = None if not shown else tqdm(
             total=sum(self._sizes.values()), desc="Loading", unit="B", unit_scale=True,
-            unit_divisor=1024, disable=not shown, file=sys.stdout,
+            unit_divisor=1024, file=sys.stdout,
         )  # fmt: skip
 
     def sent(self, count: int) -> None:
         """Count bytes of a file that is under way."""
-        self._bar.update(count)
+        if self._bar is not None:
+            self._bar.update(count)
 
     def finished(self, load: Load) -> None:
         """Count a file, and those of its bytes that were not sent, or were sent again."""
+        if self._bar is None:
+            return
         self._files += 1
         self._bytes += self._sizes[load.key]
         self._bar.set_postfix_str(f"{self._files} of {len(self._sizes)} files", refresh=False)
         self._bar.update(self._bytes - self._bar.n)
 
     def close(self) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
 
 class Loader:
