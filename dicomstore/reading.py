@@ -312,7 +312,7 @@ class Reading:
         crc : int
             As the document has it.
         make : callable
-            Makes it of the open file; None if that cannot be done in this process.
+            Makes it of the open file; None if it cannot be made.
 
         Raises
         ------

@@ -30,11 +30,9 @@ from dicomstore.errors import (
     MissingChunkError,
     NotDicomError,
 )
-from dicomstore.imaging.describing import describe_all
 from dicomstore.imaging.frames import OPTIONS, Frames, is_sound, locate
 from dicomstore.imaging.header import dataset_start, read
 from dicomstore.imaging.metadata import compressed_json
-from dicomstore.imaging.values import OddTextError
 from dicomstore.imaging.volume import Instance, Plan, Slice, Volume, needs_dataset, plan_volumes
 from dicomstore.keys import DOCUMENT_PREFIX, document_key, path_of, shown_path
 from dicomstore.reading import Reading
@@ -49,8 +47,6 @@ FRAME_MEMBERS = (
 )
 #: So many instances are remembered, with where their frames lie.
 REMEMBERED = 256
-#: A file that a worker has to describe again is sent to it whole, up to this size (bytes).
-WHOLE_BYTES = 256 * 1024 * 1024
 #: How often a frame is read again when its instance is replaced meanwhile.
 ATTEMPTS = 20
 
@@ -266,14 +262,7 @@ class Viewing:
 def _dicom_json(file: BinaryIO) -> bytes | None:
     """Return a file's data set as DICOM JSON, compressed; None if it cannot be made."""
     elements = read(file)
-    try:
-        return elements and compressed_json(elements)
-    except OddTextError:
-        if file.seek(0, io.SEEK_END) > WHOLE_BYTES:
-            return None
-    file.seek(0)
-    ((_, described),) = describe_all([(None, file.read())], 1, False)  # by a worker
-    return None if isinstance(described, OSError) else described.attachments.get("json")
+    return elements and compressed_json(elements)
 
 
 def _options(members: Mapping[str, Any]) -> dict[str, Any]:

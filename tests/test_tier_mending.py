@@ -7,10 +7,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import psutil
 import pytest
 from blake3 import blake3
 from conftest import PYDICOM_FILES
-from samples import dicom
+from samples import PREAMBLE, dicom, element
 
 from demo.ct import write_sample_ct
 from dicomstore import DicomStore
@@ -130,6 +131,32 @@ def test_no_worker_starts_inside_a_read(client, tier, folder, monkeypatch):
     assert client.execute_command("JSON.GET", "file:ct", "$.thumbnail") == b"[]"
     tier.load(folder)
     assert client.execute_command("JSON.GET", "file:ct", "thumbnail") == thumbnail
+
+
+def described(client, name):
+    return json.loads(client.execute_command("JSON.GET", f"file:{name}", "header", "patientName"))
+
+
+def test_no_process_starts_for_odd_text(client, tier, folder):
+    """A header in code extensions, or with bytes that its character set has not, is read here."""
+    charset = element(0x00080005, "CS", b"ISO 2022 IR 6\\ISO 2022 IR 87")
+    for name, text in {"good": "山田^太郎".encode("iso2022_jp"), "bad": b"Roe\x1b$Z\xff"}.items():
+        patient = element(0x00100010, "PN", text + b" " * (len(text) % 2))
+        (folder / name).write_bytes(PREAMBLE + charset + patient)
+    tier.load(folder)
+    describing.end_idle_workers()
+    names = ["good", "bad"]
+    documents = {name: described(client, name) for name in names}
+    client.delete("file:good", "file:bad")
+    client.delete(json_key := tier.manifest("a").attachment_key("json"))
+    processes = psutil.Process().children()
+    for name in names:
+        assert tier.read(name) == (folder / name).read_bytes()
+        assert described(client, name) == documents[name]
+        client.delete(tier.manifest(name).attachment_key("json"))
+        assert tier.dicom_json(name)
+    assert tier.dicom_json("a") == client.get(json_key)
+    assert psutil.Process().children() == processes
 
 
 @pytest.mark.parametrize("lost", [[0], [2], [0, 1, 5], range(6)], ids=str)

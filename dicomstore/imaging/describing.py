@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from dicomstore.errors import WorkerError
-from dicomstore.imaging import frames, header, metadata, slide, values
+from dicomstore.imaging import frames, header, metadata, slide
 
 Item = TypeVar("Item")
 File = Path | bytes  # a file, or what it would hold
@@ -118,13 +118,7 @@ def describe_all(
 
 
 def by_header(file: BinaryIO, modified: int | None) -> Description:
-    """Describe an open file by its header, in plain Python.
-
-    Raises
-    ------
-    values.OddTextError
-        As for :func:`values.from_bytes`.
-    """
+    """Describe an open file by its header, in plain Python."""
     elements = header.read(file)
     if elements is None:
         return Description(None, None, modified, False, {})
@@ -158,7 +152,7 @@ def _described_here(file: File) -> Description | OSError | None:
             if description.members is None and isinstance(file, Path):
                 return None if slide.begins_like_a_slide(stream) else description
             return description
-    except (values.OddTextError, Warning):  # a Warning where those are made errors
+    except Warning:  # where those are made errors
         return None
     except OSError as error:
         return error

@@ -173,11 +173,6 @@ def members(elements: Elements) -> dict[str, Any]:
     dict
         The normalised fields of ``FIELDS`` that the file has; ``header``, its standard attributes
         by keyword; and ``headerPartial`` if some of them are missing there.
-
-    Raises
-    ------
-    values.OddTextError
-        If pydicom has to decode a text, and this is not within :func:`quietly`.
     """
     header = _Header(elements.whole)
     found: dict[str, Any] = {}
@@ -421,8 +416,6 @@ def value_of(
     ------
     ValueError
         If it is longer than ``LONGEST_VALUE``, or a sequence.
-    values.OddTextError
-        As for :func:`values.from_bytes`.
     """
     vr = vr_of(dataset, element, dictionary_vr)
     if vr == "SQ":

@@ -59,11 +59,6 @@ def compressed_json(elements: Elements) -> bytes | None:
     -------
     bytes or None
         None if the data set cannot be read to its end, or is too large.
-
-    Raises
-    ------
-    values.OddTextError
-        As for :func:`values.from_bytes`.
     """
     if not elements.whole:
         return None

@@ -20,13 +20,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from pydicom import config
-from pydicom.charset import default_encoding
-from pydicom.dataelem import RawDataElement
+from pydicom.charset import CODES_TO_ENCODINGS, default_encoding, handled_encodings
 from pydicom.errors import BytesLengthException
 from pydicom.multival import MultiValue
-from pydicom.tag import BaseTag
 from pydicom.valuerep import AMBIGUOUS_VR, BYTES_VR, FLOAT_VR, INT_VR
-from pydicom.values import convert_value, converters
+from pydicom.values import converters
 
 NUMBER_VRS = frozenset(["DS", "FD", "FL", "IS", "SL", "SS", "SV", "UL", "US", "UV"])
 BULK_VRS = frozenset(["OB", "OD", "OF", "OL", "OV", "OW", "UN"])
@@ -38,6 +36,10 @@ BASIC_TEXT_VRS = frozenset(["AE", "AS", "CS", "DA", "DT", "TM", "UI", "UR"])
 TEXT_VRS = frozenset(["LO", "LT", "PN", "SH", "ST", "UC", "UT"])
 SINGLE_TEXT_VRS = frozenset(["LT", "ST", "UR", "UT"])
 INTEGER_TEXT = re.compile(r" *[+-]?[0-9]{1,18} *")
+#: A text (PS3.5 6.1.2.5) up to its first escape sequence, or from one to the next; and a line of
+#: it, at whose end the first character set returns.
+FRAGMENT = re.compile(rb"^[^\x1b]+|\x1b[^\x1b]*")
+LINE = re.compile(rb"([^\t\n\f\r]*)(.*)", re.S)
 #: Longer values (bytes) are not remembered: few of them come again.
 REMEMBERED_LENGTH = 256
 REMEMBERED_VALUES = 8192
@@ -58,10 +60,6 @@ UNREADABLE = (
     struct.error,
     zlib.error,
 )
-
-
-class OddTextError(Exception):
-    """Only pydicom can decode this text, and might warn of it while other threads work."""
 
 
 class Value(NamedTuple):
@@ -89,7 +87,6 @@ NOTHING = Value(None, 0, True, None)
 UNREADABLE_VALUE = Value(None, 0, False, None)
 
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
-_silenced = 0
 
 
 @contextlib.contextmanager
@@ -98,16 +95,13 @@ def quietly() -> Iterator[None]:
 
     Warnings belong to the whole process, so this is only for processes without other threads.
     """
-    global _silenced
     level = config.logger.level
     with warnings.catch_warnings(), config.disable_value_validation():
         warnings.simplefilter("ignore")
         config.logger.setLevel(logging.CRITICAL + 1)
-        _silenced += 1
         try:
             yield
         finally:
-            _silenced -= 1
             config.logger.setLevel(level)
 
 
@@ -126,11 +120,6 @@ def from_bytes(
     little_endian : bool
     charsets : tuple of str
         Python's names of the encodings in Specific Character Set.
-
-    Raises
-    ------
-    OddTextError
-        If pydicom has to decode it, and this is not within :func:`quietly`.
     """
     if len(raw) > REMEMBERED_LENGTH:
         return _from_bytes(vr, dictionary_vr, raw, little_endian, charsets)
@@ -176,13 +165,7 @@ def _decoded(vr: str, raw: bytes, little_endian: bool, charsets: tuple[str, ...]
     if vr in BASIC_TEXT_VRS:
         return _split(vr, raw.decode(default_encoding))
     if vr in TEXT_VRS:
-        if b"\x1b" not in raw:  # no code extension (PS3.5 6.1.2.5)
-            with contextlib.suppress(LookupError, UnicodeError):
-                return _split(vr, raw.decode(charsets[0]))
-        if not _silenced:
-            raise OddTextError
-        element = RawDataElement(BaseTag(0), vr, len(raw), raw, 0, False, little_endian)
-        return convert_value(vr, element, list(charsets))
+        return _split(vr, _text(raw, charsets))
     if vr in ("DS", "IS"):
         texts = raw.decode(default_encoding).strip().rstrip(" \0").split("\\")
         numbers = [_number(vr, text) for text in texts]
@@ -192,6 +175,27 @@ def _decoded(vr: str, raw: bytes, little_endian: bool, charsets: tuple[str, ...]
     converter: Any = converters[vr]  # type: ignore[index]
     convert, *form = converter if isinstance(converter, tuple) else (converter,)
     return convert(raw, little_endian, *form)
+
+
+def _text(raw: bytes, charsets: tuple[str, ...]) -> str:
+    """Return a text as pydicom decodes it; that warns of odd ones, quoting them."""
+    try:
+        return "".join([_fragment(piece, charsets) for piece in FRAGMENT.findall(raw)])
+    except LookupError:  # the first one is a codec of Python's that gives no text, as "hex"
+        return _text(raw, (default_encoding, *charsets[1:]))
+
+
+def _fragment(raw: bytes, charsets: tuple[str, ...]) -> str:
+    """Decode a piece of a text that has no escape sequence, or begins with its only one."""
+    length = 4 if raw.startswith((b"\x1b$(", b"\x1b$)")) else 3
+    charset = CODES_TO_ENCODINGS.get(raw[:length])
+    with contextlib.suppress(UnicodeError):
+        if not raw.startswith(b"\x1b") or (charset in handled_encodings and charset in charsets):
+            return raw.decode(charset or charsets[0])
+        if charset in (default_encoding, *charsets):
+            extended, rest = LINE.fullmatch(raw[length:]).groups()  # type: ignore[union-attr]
+            return extended.decode(charset) + rest.decode(charsets[0])
+    return raw.decode(charsets[0], "replace")
 
 
 def _split(vr: str, text: str) -> str | list[str]:
