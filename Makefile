@@ -13,6 +13,7 @@
 # make bench-series    a series as files and as one array, and a late frame (1 minute)
 # make bench-mixed    searches and small reads while a slide streams (8 minutes, 10 GB of memory)
 # make bench-tier     a tier before a source: misses, cold loads, eviction (10 minutes, 6 GB)
+# make bench-web      DICOMweb beside Orthanc, if it is installed (8 minutes, 6 GB of memory)
 # make faults         kill, damage and starve the store at length, and run the property tests with
 #                     all their examples: benchmarks/faults.md
 # make viewer         the viewer OHIF on what is in Redis, or on FOLDER=... (once: 45 MB from npm)
@@ -28,7 +29,7 @@ REDIS := .redis/redis-server
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo examples lab viewer test test-browser check format notebook bench bench-load bench-mixed bench-partial bench-search bench-series bench-tier faults clean
+.PHONY: help demo examples lab viewer test test-browser check format notebook bench bench-load bench-mixed bench-partial bench-search bench-series bench-tier bench-web faults clean
 
 help:
 	@sed -n '/^# /!q; s/^# //p' Makefile
@@ -84,6 +85,9 @@ bench-series: $(RUN) $(REDIS)
 
 bench-tier: $(RUN) $(REDIS)
 	@$(BIN)/python benchmarks/tier.py
+
+bench-web: $(DEV) $(REDIS)
+	@$(BIN)/python benchmarks/dicomweb.py
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

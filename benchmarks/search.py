@@ -43,14 +43,17 @@ WORDS = ("with contrast", "without contrast", "axial", "follow-up", "screening",
 MAKERS = ("SIEMENS", "GE MEDICAL SYSTEMS", "PHILIPS MEDICAL SYSTEMS", "TOSHIBA", "CANON")
 
 
-def documents(first: int, last: int, *, thumbnails: bool = True) -> Iterator[tuple[str, str]]:
+def documents(
+    first: int, last: int, *, thumbnails: bool = True, series_each: int = 5
+) -> Iterator[tuple[str, str]]:
     """Yield key and text of documents as loading makes them, without `header`.
 
-    Ten to a series, five series to a study, two studies to a patient; modalities, protocols and
-    dates are as unevenly distributed as in a hospital.
+    Ten to a series, `series_each` series to a study, two studies to a patient; modalities,
+    protocols and dates are as unevenly distributed as in a hospital.
     """
+    in_study = 10 * series_each
     for number in range(first, last):
-        series, study, patient = number // 10, number // 50, number // 100
+        series, study, patient = number // 10, number // in_study, number // (2 * in_study)
         of_study, of_series = random.Random(study), random.Random(f"series {series}")
         body_part = of_study.choice(BODY_PARTS)
         day = date(2015, 1, 1) + timedelta(days=int(3650 * of_study.random() ** 0.5))
