@@ -247,6 +247,7 @@ async def memory(frames: int, seconds: float) -> list[str]:
                 rows.append(f"| {way} | {before:.0f} | {peak(peer):.0f} | {rate:.0f} |")
                 for one in clients:
                     one.close()
+                await asyncio.sleep(0.1)  # else the server is ended before they have left
     return rows
 
 
