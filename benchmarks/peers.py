@@ -59,7 +59,8 @@ class Client(asyncio.Protocol):
             self._pieces.append(body)
 
     def on_message_complete(self) -> None:
-        self._answer.set_result(self._parser.get_status_code())
+        if not self._answer.done():  # given up
+            self._answer.set_result(self._parser.get_status_code())
 
     async def get(self, path: str, accept: str, *, is_kept: bool = True) -> bytes:
         """Return the body of an answer; nothing if it is not to be kept."""
