@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import io
 import json
+import socket
 import threading
 import time
 import warnings
@@ -21,6 +22,7 @@ from dicomstore import DicomStore
 from dicomstore.web import accept, matching
 from dicomstore.web.__main__ import listen, main, parser, server
 from dicomstore.web.app import application
+from tests.samples import dicom
 from tests.test_metadata import by_pydicom
 
 #: One instance for each way in which pixels are stored.
@@ -269,7 +271,6 @@ def test_fuzzy_matching_is_refused_with_a_warning(address):
 
 def test_answers_follow_the_store(server, client, store):
     """What is loaded, replaced or deleted later changes the answers at once."""
-    from tests.samples import dicom
 
     def put(number, **more):
         more = {"StudyInstanceUID": "1.2", "SeriesInstanceUID": "1.3", **more}
@@ -291,7 +292,6 @@ def test_answers_follow_the_store(server, client, store):
 
 def test_only_the_latest_studies_are_looked_at(store, monkeypatch):
     """Of many instances only the latest are grouped; every page is as if all had been."""
-    from tests.samples import dicom
 
     days = [None, "20200101", "20200101", "20191231", "20191215", "20150601", "19990101", None]
     for number in range(16):
@@ -323,7 +323,6 @@ def test_only_the_latest_studies_are_looked_at(store, monkeypatch):
 
 def test_only_the_first_studies_are_looked_at(store, monkeypatch):
     """Of many instances only the first studies' are read; every page is as if all had been."""
-    from tests.samples import dicom
 
     for number in range(24):
         store.put(f"{number}.dcm", dicom(
@@ -526,7 +525,6 @@ def test_the_query_counts_before_the_header(address, images):
 
 def test_a_replaced_instance_is_never_mixed_up(store):
     """A path that another instance has taken does not answer for the first one."""
-    from tests.samples import dicom
 
     def image(uid, grey):
         return dicom(
@@ -549,7 +547,6 @@ def test_a_replaced_instance_is_never_mixed_up(store):
 
 def test_the_first_path_answers_for_shared_uids(store):
     """Of files that share all UIDs, the one whose path comes first is served."""
-    from tests.samples import dicom
 
     same = {"StudyInstanceUID": "1.2", "SeriesInstanceUID": "1.3", "SOPInstanceUID": "1.4"}
     store.put("b.dcm", dicom(**same, PatientID="second"))
@@ -564,7 +561,6 @@ def test_the_first_path_answers_for_shared_uids(store):
 
 def test_damage_is_no_picture(store, client):
     """A damaged chunk is an error of the server, not a wrong image."""
-    from tests.samples import dicom
 
     key = store.put("a.dcm", dicom(
         StudyInstanceUID="1.2", SeriesInstanceUID="1.3", Rows=2, Columns=2, SamplesPerPixel=1,
@@ -644,8 +640,6 @@ def test_the_viewer_lies_beside(store, tmp_path):
 
 def test_who_leaves_costs_nothing(store, client):
     """A client that leaves in the middle of an answer ends what was fetched for it."""
-    from tests.samples import dicom
-
     store.put("a.dcm", dicom(
         StudyInstanceUID="1.2", SeriesInstanceUID="1.3", pixels=bytes(64 * 1024 * 1024)
     ))  # fmt: skip
@@ -661,6 +655,25 @@ def test_who_leaves_costs_nothing(store, client):
         assert client.info("commandstats")["cmdstat_mget"]["calls"] - before < 64
 
 
+def test_who_leaves_at_once_costs_nothing(store, client):
+    """Many clients that go before an answer has begun leave nothing behind that is still read."""
+    store.put("a.dcm", dicom(
+        StudyInstanceUID="1.2", SeriesInstanceUID="1.3", pixels=bytes(64 * 1024 * 1024)
+    ))  # fmt: skip
+    with serving(store) as address:
+        host, _, port = address.removeprefix("http://").partition("/")[0].partition(":")
+        assert get(address, "/studies")[0] == 200
+        before = client.info("commandstats")["cmdstat_mget"]["calls"]
+        request = f"GET /dicom-web/studies/1.2 HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+        for _ in range(64):
+            with socket.create_connection((host, int(port))) as connection:
+                connection.sendall(request)
+        for _ in range(200):  # what is answered last is asked last
+            assert get(address, "/studies")[0] == 200
+        fetched = client.info("commandstats")["cmdstat_mget"]["calls"] - before
+        assert fetched < 64 * 8  # each file takes 64
+
+
 # --- the command line, and what knows no server --------------------------------------------------
 
 
@@ -672,8 +685,6 @@ def test_a_foreign_address_needs_a_token(capsys):
 
 def test_a_port_in_use_is_named(capsys):
     """A port that is taken is named, with the way out."""
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["--port", str(port)]) == 1
