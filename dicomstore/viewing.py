@@ -30,8 +30,9 @@ from dicomstore.errors import (
     MissingChunkError,
     NotDicomError,
 )
-from dicomstore.imaging.frames import OPTIONS, Frames, is_sound, locate
+from dicomstore.imaging.frames import OPTIONS, Frames
 from dicomstore.imaging.header import dataset_start, read
+from dicomstore.imaging.locating import is_sound, locate
 from dicomstore.imaging.metadata import compressed_json
 from dicomstore.imaging.volume import Instance, Plan, Slice, Volume, needs_dataset, plan_volumes
 from dicomstore.keys import DOCUMENT_PREFIX, document_key, path_of, shown_path

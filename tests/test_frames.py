@@ -23,7 +23,8 @@ from samples import dicom, element
 
 from dicomstore.errors import FrameError
 from dicomstore.imaging import header, rendering, values
-from dicomstore.imaging.frames import Frames, Span, locate
+from dicomstore.imaging.frames import Frames
+from dicomstore.imaging.locating import Span, locate
 
 GREY = {
     "Rows": 3,
@@ -342,7 +343,7 @@ def test_fragments_without_end(monkeypatch):
     """More fragments than are counted are a reason like others; a million is no matter."""
     body = basic() + item(b"") * 1_000_000
     assert "frame 0 is empty" in frames_of(encapsulated(body + END)).member["fault"]
-    monkeypatch.setattr("dicomstore.imaging.frames.FRAGMENTS_LIMIT", 1000)
+    monkeypatch.setattr("dicomstore.imaging.locating.FRAGMENTS_LIMIT", 1000)
     assert "over 1,000 fragments" in frames_of(encapsulated(body + END)).member["fault"]
 
 
@@ -418,7 +419,7 @@ def test_data_set_that_breaks_off():
 
 def test_sequences_without_end(monkeypatch):
     """The data set is not walked for ever."""
-    monkeypatch.setattr("dicomstore.imaging.frames.ELEMENTS_LIMIT", 1000)
+    monkeypatch.setattr("dicomstore.imaging.locating.ELEMENTS_LIMIT", 1000)
     file = dicom(**GREY) + element(0x52009230, "SQ", item(b"") * 2000, length=0xFFFFFFFF)
     assert frames_of(file).member == {"fault": "its data set has too many elements"}
 

@@ -17,7 +17,8 @@ from pydicom.uid import ExplicitVRBigEndian
 from demo.ct import write_sample_ct
 from dicomstore.errors import VolumeError
 from dicomstore.imaging import header
-from dicomstore.imaging.frames import Frames, locate
+from dicomstore.imaging.frames import Frames
+from dicomstore.imaging.locating import locate
 from dicomstore.imaging.volume import Instance, needs_dataset, plan_volumes
 
 #: To where a made-up slice has moved when the whole body is turned.

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from dicomstore.errors import WorkerError
-from dicomstore.imaging import frames, header, metadata, slide
+from dicomstore.imaging import header, locating, metadata, slide
 
 Item = TypeVar("Item")
 File = Path | bytes  # a file, or what it would hold
@@ -66,7 +66,7 @@ class Description(NamedTuple):
         Whether the pixels were too much for a worker.
     attachments : dict of bytes
         What is stored beside the chunks: ``json`` as :func:`metadata.compressed_json` and
-        ``frames`` as :func:`frames.locate` make it.
+        ``frames`` as :func:`locating.locate` make it.
     """
 
     members: dict[str, Any] | None
@@ -124,7 +124,7 @@ def by_header(file: BinaryIO, modified: int | None) -> Description:
         return Description(None, None, modified, False, {})
     members = header.members(elements)
     attachments = {}
-    where, table = frames.locate(file, members, elements)
+    where, table = locating.locate(file, members, elements)
     if where is not None:
         members["frames"] = where
     if table is not None:

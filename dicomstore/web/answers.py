@@ -20,7 +20,7 @@ from dicomstore.errors import (
     NotIndexedError,
     NotStoredError,
 )
-from dicomstore.imaging.frames import Span
+from dicomstore.imaging.locating import Span
 from dicomstore.store import DicomStore
 from dicomstore.web import accept, matching, reading
 from dicomstore.web.accept import PLAIN, STREAM, Accepted

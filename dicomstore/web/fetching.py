@@ -27,7 +27,8 @@ from dicomstore.errors import (
     NotStoredError,
     ServerError,
 )
-from dicomstore.imaging.frames import OPTIONS, Frames, Span, locate
+from dicomstore.imaging.frames import OPTIONS, Frames
+from dicomstore.imaging.locating import Span, locate
 from dicomstore.keys import path_of, shown_path
 from dicomstore.store import DicomStore
 from dicomstore.web import inflating
