@@ -306,8 +306,13 @@ def whole_run(client, folder, out):
     store.put("a.dcm", dicom(Modality="MR"))
     assert list(store.find(modality="MR")["path"]) == ["a.dcm"]
     assert store.count_by("imageName").to_dict() == {"a.dcm": 1, "b.dcm": 1}
+    uids = {"StudyInstanceUID": "1.2", "SeriesInstanceUID": "1.3"}
+    store.put("served.dcm", dicom(**uids, Rows=2, Columns=2, pixels=bytes(4)))
     with serving(store) as address:
         assert get(address, "/studies?PatientID=*nobody*")[0] == 204
+        for path in ("/studies", "/studies/1.2/metadata", "/studies/1.2", "/studies/1.2/series"):
+            assert get(address, path)[0] == 200
+    store.delete("served.dcm")
     assert store.read("b.dcm") == (folder / "b.dcm").read_bytes()
     assert store.verify()["status"].tolist() == ["ok", "ok"]
     assert store.restore(out)["status"].tolist() == ["restored", "restored"]
