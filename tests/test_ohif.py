@@ -312,7 +312,7 @@ def test_a_pdf(page, address, images):
 
 
 def test_a_slide(page, address, images):
-    """The microscopy viewer shows a slide, and fetches its finest tiles when it is near."""
+    """The microscopy viewer shows a slide, and fetches tiles as it is zoomed and dragged."""
     levels = [pydicom.dcmread(path) for path in sorted((images / "slide").iterdir())]
     asked = []
     page.on("request", lambda request: asked.append(request.url))
@@ -330,3 +330,15 @@ def test_a_slide(page, address, images):
                 break
     wait_for_pixels(page, is_stained, 50_000)
     keep_picture(page, "ohif-slide-near")
+    page.wait_for_timeout(2000)  # until all tiles of this view are there
+    before = {url for url in asked if finest in url}
+    page.locator("[data-cy=dragPan]").click()  # until then a drag measures
+    page.mouse.move(400, 500)
+    page.mouse.down()
+    with page.expect_response(
+        lambda response: finest in response.url and response.url not in before,
+        timeout=SHOWN_S * 1000,
+    ):
+        page.mouse.move(1200, 500, steps=20)
+        page.mouse.up()
+    keep_picture(page, "ohif-slide-dragged")
