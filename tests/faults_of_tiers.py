@@ -52,6 +52,7 @@ def tiers(rounds):
                 time.sleep(SHORT_LEASE_MS / 1000)  # the leases of what was killed end
                 assert_whole(client)
             said[ending] += 1
+    assert all(said[kind] for kind in ("read", "read by parts", "loaded")), said
     shown = ", ".join(f"{kind} {number:,}" for kind, number in sorted(said.items()))
     return f"each read one version whole, and the one that the document names, or refused ({shown})"
 

@@ -286,10 +286,17 @@ def test_an_evicted_document_comes_from_the_source(client, folder):
     """A file whose document is gone is loaded again, and before a file of the same imageName."""
     tier = tier_of(client, source=folder)
     tier.load(folder)
-    client.delete("file:a.dcm")
-    assert tier.read("a.dcm") == IMAGE
-    with pytest.raises(NotStoredError):
-        tier.read("nowhere.dcm")
+    digest = tier.blake3("a.dcm")
+    for ask, answer in (
+        (tier.read, IMAGE),
+        (tier.blake3, digest),
+        (lambda name: tier.manifest(name).size, len(IMAGE)),
+        (lambda name: tier.open(name).read(), IMAGE),
+    ):
+        client.delete("file:a.dcm")
+        assert ask("a.dcm") == answer
+        with pytest.raises(NotStoredError):
+            ask("nowhere.dcm")
 
 
 def test_without_a_source_nothing_is_mended(client, folder):
