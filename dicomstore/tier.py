@@ -148,7 +148,13 @@ class Tier:
             return found | fetched
 
     def load_evicted(self, key: str) -> bool:
-        """Load the file of a document that is gone from the source; return whether it is there."""
+        """Load the file of a document that is gone from the source; return whether it is there.
+
+        Raises
+        ------
+        MissingChunkError
+            If the source has it, and it cannot be loaded now: it changes meanwhile, as an example.
+        """
         if self._source is None:
             return False
         with self.one_at_a_time(key):
@@ -156,7 +162,9 @@ class Tier:
                 return True
             try:
                 self._load(key)
-            except MissingChunkError:
+            except MissingChunkError as error:
+                if self.has(key) and not isinstance(error.__cause__, NotDicomError):
+                    raise
                 return False
             return True
 

@@ -4,6 +4,7 @@ import builtins
 import io
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
@@ -297,6 +298,18 @@ def test_an_evicted_document_comes_from_the_source(client, folder):
         assert ask("a.dcm") == answer
         with pytest.raises(NotStoredError):
             ask("nowhere.dcm")
+
+
+def test_a_file_that_changes_while_it_comes_back(client, folder, monkeypatch):
+    """It is not said to be unknown: the source has it, and cannot give it now."""
+    tier = tier_of(client, source=folder)
+    tier.load(folder)
+    client.delete("file:a.dcm")
+    monkeypatch.setattr("dicomstore.loading._modified", lambda _: time.monotonic_ns())
+    with pytest.raises(MissingChunkError, match=r"a\.dcm.*source cannot help.*changed"):
+        tier.read("a.dcm")
+    monkeypatch.undo()
+    assert tier.read("a.dcm") == IMAGE
 
 
 def test_without_a_source_nothing_is_mended(client, folder):
