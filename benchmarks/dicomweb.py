@@ -142,6 +142,17 @@ async def metadata(peers: Sequence[Peer], rounds: int) -> Times:
     return times
 
 
+def write_small_ct(folder: Path) -> list[str]:
+    """Write a CT of 128 KiB a slice under UIDs of its own; return its instances' addresses."""
+    ct.write_sample_ct(folder, slices=SLICES, side=256)
+    root = ct.UID_ROOT[:-1] + "8"
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes().replace(ct.UID_ROOT.encode(), root.encode()))
+    study, series = (uid.replace(ct.UID_ROOT, root) for uid in (ct.STUDY, ct.SERIES))
+    uids = [pydicom.dcmread(path).SOPInstanceUID for path in folder.iterdir()]
+    return [address(study, series, uid) for uid in uids]
+
+
 def write_copies(folder: Path, count: int) -> list[str]:
     """Write copies of an instance of 512 KiB a frame under their own UIDs, and return these."""
     uids = [UID[:-1] + str(number) for number in range(count)]
@@ -200,13 +211,13 @@ async def at_once(port: int, paths: Sequence[str], clients: int, seconds: float)
 
 
 async def many_frames(
-    peers: Sequence[Peer], uids: Sequence[str], rounds: int, seconds: float
+    peers: Sequence[Peer], instances: Sequence[str], rounds: int, seconds: float
 ) -> dict[int, dict[str, Times]]:
     """Return by number of clients the frames a second, and the median and p99 (ms)."""
     found: dict[int, dict[str, Times]] = {
         clients: {what: defaultdict(list) for what in ("rate", "p50", "p99")} for clients in CLIENTS
     }
-    paths = [address(ct.STUDY, ct.SERIES, uid) + "/frames/1" for uid in uids]
+    paths = [f"{instance}/frames/1" for instance in instances]
     for number in range(rounds + 1):
         for clients in CLIENTS:
             for peer in peers:
@@ -288,8 +299,8 @@ async def beside(program: str | None, rounds: int, seconds: float) -> AsyncItera
     """Yield the rows of what both peers are asked."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
-        ct.write_sample_ct(folder / "ct", slices=SLICES, side=256)
-        uids = [pydicom.dcmread(path).SOPInstanceUID for path in (folder / "ct").iterdir()]
+        ct.write_sample_ct(folder / "ct", slices=SLICES)
+        small = write_small_ct(folder / "small")
         large = write_copies(folder / "large", rounds)
         redis = stack.enter_context(RedisServer())
         client = stack.enter_context(connect(redis.url))
@@ -300,10 +311,12 @@ async def beside(program: str | None, rounds: int, seconds: float) -> AsyncItera
             theirs = Path(stack.enter_context(TemporaryDirectory()))
             peers.append(stack.enter_context(orthanc(theirs, program)))
             send(peers[-1], folder)
-        yield row(f"metadata of a CT, {SLICES} instances, ms", await metadata(peers, rounds))
+        yield row(
+            f"metadata of a CT, {SLICES} slices of 512 x 512, ms", await metadata(peers, rounds)
+        )
         for which, times in (await large_frames(peers, large)).items():
             yield row(f"{which} frame of 512 KiB in an instance of 200 MiB, ms", times)
-        for clients, found in (await many_frames(peers, uids, rounds, seconds)).items():
+        for clients, found in (await many_frames(peers, small, rounds, seconds)).items():
             label = f"frames of 128 KiB, {clients} client{'s' * (clients > 1)}"
             yield row(f"{label}, a second", found["rate"], is_rate=True)
             yield row(f"{label}, p50, ms", found["p50"])
