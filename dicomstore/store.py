@@ -401,8 +401,7 @@ class DicomStore:
 
     def blake3(self, name: Any) -> str:
         """Return the BLAKE3 that was stored with a file; `name` as for :meth:`read`."""
-        mender = self._reading.mender()
-        return str(self._reading.members(_name(name), ("blake3",), mender)[1].get("blake3"))
+        return str(self._reading.members(_name(name), ("blake3",))[1].get("blake3"))
 
     def dicom_json(self, name: Any) -> bytes | None:
         """Return a data set as DICOM JSON (PS3.18 Annex F), compressed with zlib.
