@@ -17,6 +17,11 @@ def document_key(path: str) -> str:
     return DOCUMENT_PREFIX + quote_path(path)
 
 
+def likely_key(name: str) -> str:
+    """Return the key of the document that a name likely means: itself, or that of a path."""
+    return name if name.startswith(DOCUMENT_PREFIX) else document_key(name)
+
+
 def path_of(key: str) -> str:
     """Return the path whose document has the key `key`."""
     return unquote_path(key.removeprefix(DOCUMENT_PREFIX))

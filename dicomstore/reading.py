@@ -28,7 +28,7 @@ from dicomstore.errors import (
     MissingChunkError,
     NotStoredError,
 )
-from dicomstore.keys import DOCUMENT_PREFIX, document_key, path_of, shown_path
+from dicomstore.keys import document_key, likely_key, path_of, shown_path
 from dicomstore.server.connection import Server
 from dicomstore.tier import Mender, Tier
 
@@ -93,6 +93,10 @@ class Reading:
                     raise MissingChunkError(f"{key} is evicted as soon as it is loaded.")
             if found is not None:
                 return key, found
+        return self._by_image_name(name, names)
+
+    def _by_image_name(self, name: str, names: Sequence[str]) -> tuple[str, dict[str, Any]]:
+        """Return key and members of the only document with an imageName."""
         if not self._server.can_search():
             raise NotStoredError(
                 f"No file {shown_path(name)!r} is stored under this key or path, and this cluster "
@@ -117,7 +121,7 @@ class Reading:
         for key in _keys(name):
             if self._versions.members(key, ("version",)) is not None or self._tier.has(key):
                 return key
-        return self.members(name, ("version",))[0]
+        return self._by_image_name(name, ("version",))[0]
 
     def manifest(self, name: str) -> Manifest:
         """Return the manifest of the stored version."""
@@ -139,7 +143,7 @@ class Reading:
 
     def _read_remembered(self, name: str) -> bytes | None:
         """Return a small file's bytes in one round trip, or None if that is not possible."""
-        key = name if name.startswith(DOCUMENT_PREFIX) else document_key(name)
+        key = likely_key(name)
         manifest = self._remembered.get(key)
         if manifest is None or manifest.size > BATCH_BYTES:
             return None
@@ -178,7 +182,7 @@ class Reading:
         """Yield key and bytes of files, in order: many documents and chunks in each request."""
         for first in range(0, len(names), LOOK_UP):
             group = names[first : first + LOOK_UP]
-            keys = [n if n.startswith(DOCUMENT_PREFIX) else document_key(n) for n in group]
+            keys = list(map(likely_key, group))
             stored = self._versions.stored(keys, STORAGE_MEMBERS)
             ready: list[Document] = []
             for name, found in zip(group, stored, strict=True):
@@ -381,7 +385,7 @@ class _Remembered:
 
 def _keys(name: str) -> list[str]:
     """Return the keys that a key or a path can mean, the likelier one first."""
-    return [*([name] if name.startswith(DOCUMENT_PREFIX) else []), document_key(name)]
+    return list(dict.fromkeys((likely_key(name), document_key(name))))
 
 
 def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:

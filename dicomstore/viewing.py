@@ -35,7 +35,7 @@ from dicomstore.imaging.header import dataset_start, read
 from dicomstore.imaging.locating import is_sound, locate
 from dicomstore.imaging.metadata import compressed_json
 from dicomstore.imaging.volume import Instance, Plan, Slice, Volume, needs_dataset, plan_volumes
-from dicomstore.keys import DOCUMENT_PREFIX, document_key, path_of, shown_path
+from dicomstore.keys import likely_key, path_of, shown_path
 from dicomstore.reading import Reading
 
 #: What has to be known of an instance before a frame of it can be fetched and decoded.
@@ -139,7 +139,7 @@ class Viewing:
 
     def _fetched(self, name: str, numbers: Sequence[int]) -> tuple[Frames, list[bytes]]:
         # By key: what an imageName means can change while the file that it meant stays.
-        key = name if name.startswith(DOCUMENT_PREFIX) else document_key(name)
+        key = likely_key(name)
         for _ in range(ATTEMPTS):
             with self._lock:
                 known = self._known.pop(key, None)

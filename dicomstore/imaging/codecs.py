@@ -26,7 +26,8 @@ RETIRED = {
 #: same one: only the header says which it is (PS3.3 C.7.6.3.1.2), where libjpeg would guess.
 COLOUR_SPACES = {3: "YCBCR", 4: "CMYK"}
 
-START_OF_IMAGE, END_OF_IMAGE, JPEG_2000 = b"\xff\xd8", b"\xff\xd9", b"\xff\x4f\xff\x51"
+START_OF_IMAGE, JPEG_2000 = b"\xff\xd8", b"\xff\x4f\xff\x51"
+END_OF_IMAGE = b"\xff\xd9"  # of JPEG and JPEG-LS, and JPEG 2000's end of codestream
 START_OF_SCAN = 0xDA
 #: Markers of a frame header: all SOF of JPEG, and JPEG-LS's.
 FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 import struct
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from pydicom.uid import UID, ImplicitVRLittleEndian
 
 from dicomstore.errors import FrameError
 from dicomstore.imaging import codecs, values
-from dicomstore.imaging.locating import ITEM, Offsets, Span
+from dicomstore.imaging.locating import ITEM, Offsets, Span, unpacked
 
 EMPTY_TABLE = ITEM + bytes(4)  # a Basic Offset Table without offsets (PS3.5 A.4)
 #: No compressed frame is decoded that takes more bytes: a few can claim as many as they like.
@@ -184,12 +183,7 @@ class Frames:
         count, (first, last) = self.member["count"], self.member["span"]
         if count == 1:
             return np.array([first, last], np.int64)
-        try:
-            raw = zlib.decompressobj().decompress(self.table or b"", 8 * count + 1)
-            planes = np.frombuffer(raw, np.uint8).reshape(8, count)
-            lengths = np.ascontiguousarray(planes.T).view("<u8").ravel().astype(np.int64)
-        except (ValueError, zlib.error):
-            lengths = np.array([], np.int64)
+        lengths = unpacked(self.table or b"", count)
         if len(lengths) != count or lengths.min() < 8 or lengths.sum() != last - first:
             raise FrameError(
                 f"The frames of {self.name} cannot be found: their table does not fit its "

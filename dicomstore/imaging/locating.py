@@ -24,6 +24,7 @@ from pydicom.valuerep import EXPLICIT_VR_LENGTH_32
 
 from dicomstore.errors import FrameError
 from dicomstore.imaging import header
+from dicomstore.imaging.codecs import END_OF_IMAGE
 
 #: No more data elements and items are stepped over than this, nor more fragments counted.
 ELEMENTS_LIMIT = 4_000_000
@@ -37,7 +38,6 @@ PIXELS = {
 EXTENDED_OFFSETS, EXTENDED_LENGTHS = 0x7FE00001, 0x7FE00002
 UNDEFINED = 0xFFFFFFFF  # as a length (PS3.5 7.1.1)
 ITEM, DELIMITER = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
-END_OF_IMAGE = b"\xff\xd9"  # of JPEG and JPEG-LS, and JPEG 2000's end of codestream
 #: So near to a fragment's end it is looked for: padding may follow it.
 END_BYTES = 10
 LONG_VRS = frozenset(vr.encode() for vr in EXPLICIT_VR_LENGTH_32)
@@ -284,6 +284,16 @@ def _packed(offsets: Offsets) -> bytes:
     """Return the frames' lengths, compressed: first the lowest bytes of all, then the next ones."""
     planes = np.diff(offsets).astype("<u8").view(np.uint8).reshape(-1, 8).T
     return zlib.compress(planes.tobytes())
+
+
+def unpacked(table: bytes, count: int) -> Offsets:
+    """Return the lengths that `_packed` has compressed, none if these are not so many."""
+    try:
+        raw = zlib.decompressobj().decompress(table, 8 * count + 1)
+        planes = np.frombuffer(raw, np.uint8).reshape(8, count)
+    except (ValueError, zlib.error):
+        return np.array([], np.int64)
+    return np.ascontiguousarray(planes.T).view("<u8").ravel().astype(np.int64)
 
 
 def is_sound(member: Any, size: int) -> bool:

@@ -344,19 +344,15 @@ _SETTINGS = {
 }
 
 
-def _found(key: str, reply: Any) -> dict[str, Any] | None:
-    """Return a document's members by path; None if it has been deleted."""
+def _members(key: str, reply: Any) -> dict[str, Any]:
+    """Return those of ``MEMBERS`` that a document has, by their names."""
     if isinstance(reply, redis.ResponseError):
         raise DamagedError(f"{shown_path(key)} cannot be read: there is no document.") from reply
     if isinstance(reply, Exception):
         raise reply
-    return None if reply is None else dict(json.loads(reply))
-
-
-def _members(key: str, reply: Any) -> dict[str, Any]:
-    found = _found(key, reply)
-    if found is None:
+    if reply is None:
         raise NotStoredError(f"{shown_path(path_of(key))} has been deleted.")
+    found = json.loads(reply)
     return {name: values[0] for name in MEMBERS if (values := found.get(f"$.{name}"))}
 
 

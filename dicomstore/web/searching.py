@@ -98,15 +98,17 @@ class Searching:
             conditions["modality"] = conditions.pop("ModalitiesInStudy")
         if "SOPClassesInStudy" in conditions:
             conditions["sopClassUID"] = conditions.pop("SOPClassesInStudy")
-        look = self._latest_studies if wanted.level == STUDY else self._first_matches
         most = wanted.offset + wanted.limit
-        rows, are_all = await look(index, wanted.level, conditions, most)
+        if wanted.level == STUDY:
+            rows, are_all = await self._latest_studies(index, conditions, most)
+        else:
+            rows, are_all = await self._first_matches(index, wanted.level, conditions, most)
         page = rows[wanted.offset : wanted.offset + wanted.limit]
         more = max(0, len(rows) - wanted.offset - len(page)) if are_all else None
         return await self._described(index, wanted, page), more
 
     async def _latest_studies(
-        self, index: Index, _: str, conditions: dict[str, Any], most: int
+        self, index: Index, conditions: dict[str, Any], most: int
     ) -> tuple[list[Row], bool]:
         """Return the studies that fit, the latest first, and whether these are all.
 
