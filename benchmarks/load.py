@@ -12,7 +12,6 @@ import importlib.util
 import io
 import json
 import sqlite3
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from typing import Any
 import pydicom
 import redis
 from pydicom.errors import InvalidDicomError
-from reporting import machine, ratios
+from reporting import extent, machine, ratios
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
@@ -197,7 +196,7 @@ def table(seconds: dict[str, list[float]], counts: dict[str, int]) -> str:
         "|---|---:|---:|---:|",
     ]
     for name, times in seconds.items():
-        low, median, high = (1000 * x for x in (min(times), statistics.median(times), max(times)))
+        low, median, high = extent(times)
         lines.append(f"| {name} | {counts[name]} | {median:.0f} | {low:.0f} to {high:.0f} |")
     lines += ["", *ratios(seconds, PAIRS)]
     return "\n".join(lines) + "\n"

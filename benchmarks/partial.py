@@ -17,7 +17,6 @@ import shutil
 import sqlite3
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ import pydicom
 import tifffile
 import tiffslide
 from pydicom.pixels import pixel_array
-from reporting import machine
+from reporting import machine, milliseconds
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
@@ -203,12 +202,6 @@ class Stored:
 Times = dict[tuple[str, str], list[float]]  # ms by task and way
 
 
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return (time.perf_counter() - start) * 1000
-
-
 def measure(stored: Stored, tasks: list[Task], rounds: int) -> Times:
     """Take every task from every place in turn; they must all see the same."""
     times: Times = {(task.label, way): [] for task in tasks for way in stored.ways()}
@@ -223,7 +216,7 @@ def measure(stored: Stored, tasks: list[Task], rounds: int) -> Times:
                     with opened() as file:
                         seen.add(task.read(file))  # noqa: B023 - called at once
 
-                taken = timed(take)
+                taken = milliseconds(take)
                 if number:  # the first round fills caches and imports
                     times[task.label, way].append(taken)
             if len(seen) != 1:
@@ -255,7 +248,7 @@ def costs(small: DicomStore, slide: Stored, cine: Stored, rounds: int) -> list[s
     opening: dict[str, list[float]] = {name: [], f"small/{name}": []}
     for _ in range(50):
         for stored, taken in opening.items():
-            taken.append(timed(partial(small.open, stored)))
+            taken.append(milliseconds(partial(small.open, stored)))
     count = small.manifest(f"small/{name}").count
     small.delete(f"small/{name}")
     large_ms, small_ms = map(statistics.median, opening.values())
@@ -268,12 +261,14 @@ def costs(small: DicomStore, slide: Stored, cine: Stored, rounds: int) -> list[s
     on_disk = "`hashlib.file_digest`, of the local file"
     ratios: dict[str, list[float]] = {label: [] for label in [*whole_ways, on_disk]}
     for _ in range(rounds):
-        whole = timed(lambda: slide.store.read(name, into=slide.memory))
+        whole = milliseconds(lambda: slide.store.read(name, into=slide.memory))
         for label, way in whole_ways.items():
             with slide.store.open(name) as file:
-                ratios[label].append(timed(partial(way, file)) / whole)
+                ratios[label].append(milliseconds(partial(way, file)) / whole)
         with slide.path.open("rb") as disk:
-            ratios[on_disk].append(timed(lambda: hashlib.file_digest(disk, "sha256")) / whole)
+            ratios[on_disk].append(
+                milliseconds(lambda: hashlib.file_digest(disk, "sha256")) / whole
+            )
     for label, found in ratios.items():
         rows.append(
             f"| {label}, over `store.read` into a buffer | × {statistics.median(found):.2f} "

@@ -1,14 +1,36 @@
-"""What the benchmarks' tables have in common."""
+"""What the benchmarks have in common: the clock, and their tables."""
 
 from __future__ import annotations
 
 import platform
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 
 import psutil
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Return how long `work` takes (s); what it returns is freed after that."""
+    start = time.perf_counter()
+    kept = work()
+    taken = time.perf_counter() - start
+    del kept
+    return taken
+
+
+def milliseconds(work: Callable[[], object]) -> float:
+    """Return how long `work` takes (ms)."""
+    return 1000 * timed(work)
+
+
+def extent(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """Return the shortest, the median and the longest time in ms."""
+    times = (min(seconds), statistics.median(seconds), max(seconds))
+    low, median, high = (1000 * taken for taken in times)
+    return low, median, high
 
 
 def machine() -> str:

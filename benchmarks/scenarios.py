@@ -8,7 +8,6 @@ import json
 import sqlite3
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +18,7 @@ import pydicom
 from redis.commands.search.aggregation import AggregateRequest
 from redis.commands.search.query import Query
 from redis.commands.search.reducers import count
+from reporting import timed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -27,13 +27,6 @@ from dicomstore.errors import NoThumbnailError
 from dicomstore.server.embedded import RedisServer
 
 PUBLISHED_CHUNK = 5 * 1024
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Return how long `work` takes (s)."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 class Published:

@@ -23,8 +23,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from reporting import machine
-from scenarios import scenarios, timed
+from reporting import machine, timed
+from scenarios import scenarios
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))

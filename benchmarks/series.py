@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import pydicom
 from pydicom.uid import SecondaryCaptureImageStorage, generate_uid
-from reporting import machine, ratios
+from reporting import extent, machine, milliseconds, ratios, timed
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
@@ -59,14 +58,6 @@ def stacked(files: list[Path]) -> Any:
     array *= np.int16(first.RescaleSlope)
     array += np.int16(first.RescaleIntercept)
     return array
-
-
-def timed(method: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    kept = method()
-    taken = time.perf_counter() - start
-    del kept
-    return taken
 
 
 def measure(folder: Path, rounds: int) -> dict[str, list[float]]:
@@ -115,14 +106,10 @@ def table(seconds: dict[str, list[float]]) -> str:
         "|---|---:|---:|",
     ]
     for name, times in seconds.items():
-        low, median, high = (1000 * x for x in (min(times), statistics.median(times), max(times)))
+        low, median, high = extent(times)
         lines.append(f"| {name} | {median:.1f} | {low:.1f} to {high:.1f} |")
     lines += ["", *ratios(seconds, PAIRS)]
-    fresh = []
-    for _ in range(5):
-        start = time.perf_counter()
-        np.empty(150 * 2**20, np.uint8).fill(1)
-        fresh.append(1000 * (time.perf_counter() - start))
+    fresh = [milliseconds(lambda: np.empty(150 * 2**20, np.uint8).fill(1)) for _ in range(5)]
     lines += [
         "",
         f"To fill 150 MiB of fresh memory with one value takes {statistics.median(fresh):.0f} ms "

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import fsspec
 import pydicom
 import redis
-from reporting import machine
+from reporting import machine, milliseconds
 from search import documents
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -77,12 +77,6 @@ class CountingDisk(archive.SlowDisk):
 
 
 fsspec.register_implementation(CountingDisk.protocol, CountingDisk, clobber=True)
-
-
-def milliseconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return (time.perf_counter() - start) * 1000
 
 
 def spread(times: Sequence[float], digits: int = 1) -> str:

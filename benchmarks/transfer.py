@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 import psutil
 import redis
 import redis.asyncio
-from reporting import machine, ratios
+from reporting import machine, ratios, timed
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
@@ -48,12 +48,6 @@ FIGURE = PROJECT / "images" / "transfer.png"
 BLUE, GREY = "#2a6fbb", "#b9c2cc"
 
 Method = Callable[[], float]
-
-
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 class Bench:
