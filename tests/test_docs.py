@@ -3,8 +3,10 @@
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydicom.data import get_testdata_file
 
 from dicomstore import DicomStore
 
@@ -30,6 +32,21 @@ def test_the_readme_is_short_and_has_the_published_sections():
     lines = README.read_text().splitlines()
     assert len(lines) <= 130
     assert [line[3:] for line in lines if line[:3] == "## " and line[3:] in SECTIONS] == SECTIONS
+
+
+def test_the_readme_runs_as_printed(tmp_path, monkeypatch):
+    """The Python lines work in an empty folder, and give a real file back bit for bit."""
+    (lines,) = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.M)
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(lines, found)
+    original = Path(get_testdata_file("CT_small.dcm")).read_bytes()
+    assert found["image"] == original
+    assert (tmp_path / "data" / "out" / "restored" / "CT_small.dcm").read_bytes() == original
+    assert list(found["report"]["status"]) == ["loaded"]
+    assert found["frame"].shape == (128, 128) and found["volume"].array.shape == (1, 128, 128)
+    found["store"].close()
+    found["store"].client.close()
 
 
 @each_page
