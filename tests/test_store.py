@@ -665,6 +665,7 @@ def test_no_command_a_chunk_except_the_sets(client, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "a.dcm").write_bytes(dicom(pixels=bytes(500_000)))
+    store.find()  # makes the index, whose lease is renewed as often as the engine needs
     client.config_resetstat()
     store.load(folder)
     sent = commands(client)
