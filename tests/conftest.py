@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,14 +20,12 @@ from dicomstore.server.embedded import RedisServer
 PYDICOM_DATA = Path(pydicom.__file__).parent / "data"
 PYDICOM_FILES = PYDICOM_DATA / "test_files"
 #: The folder of the server that the tests start: redis-server, redis-cli, redisearch.so, rejson.so.
-BUILD = embedded.BUILD_FOLDER = Path(os.environ.get("TEST_REDIS_HOME", embedded.BUILD_FOLDER))
+BUILD = embedded.BUILD_FOLDER
+# For processes that tests start, wherever they do.
+os.environ["TEST_REDIS_HOME"] = os.fspath(BUILD)
 if not embedded.is_installed(BUILD):
     needed = ", ".join((*embedded.PROGRAMS, *embedded.MODULES))
     raise pytest.UsageError(f"{BUILD} has to hold {needed}: `make test` installs them in .redis.")
-_SAYS = subprocess.run([BUILD / "redis-server", "--version"], capture_output=True, text=True)
-#: The server's version. The tests that depend on it say so by this name, and on what.
-REDIS = tuple(int(part) for part in re.findall(r"v=(\d+)\.(\d+)", _SAYS.stdout)[0])
-
 
 ALL_EXAMPLES = os.environ.get("TEST_EXAMPLES") == "all"
 

@@ -409,7 +409,9 @@ def test_bad_configuration_shows_the_servers_last_words(tmp_path):
     with pytest.raises(RedisServerError) as raised:
         server.start()
     assert "no-such-option yes" in str(raised.value)
-    assert "Bad directive" in str(raised.value)
+    # Redis 8 takes an unknown name for a module's option.
+    reasons = ("Bad directive", "Module Configuration detected without loadmodule")
+    assert any(reason in str(raised.value) for reason in reasons)
     assert server.password not in str(raised.value)
     assert not server.running
     assert list(tmp_path.iterdir()) == []

@@ -69,7 +69,8 @@ def test_commands_find_keys_of_a_slot_on_its_way(server, half_moved):
             ("JSON.SET", "{a}json", "$", "{}"), ("JSON.GET", "{a}json"), ("UNLINK", "{a}more"),
         ]
     )  # fmt: skip
-    assert replies == [b"1", b"1", [b"1"], 1, True, True, None, b"OK", b"{}", 1]
+    assert replies[:4] == [b"1", b"1", [b"1"], 1]
+    assert replies[4] in (True, b"OK") and replies[5:] == [1, None, b"OK", b"{}", 1]
     assert server.command("GET", "{a}new") == b"1" and server.command("GET", "{a}none") is None
     half_moved()
     assert server.commands([("GET", "{a}old"), ("GET", "{a}new")]) == [b"1", b"1"]
@@ -173,14 +174,14 @@ def test_a_replica_takes_over():
         others = [key for key in keys if client.get_node_from_key(key).port != victim.port][:2]
         assert victim.port in {node.port for node in client.get_primaries()} and len(mine) == 4
         searching = [Server(client) for _ in range(8)]
-        assert {each.search_command("PING") for each in searching} == {True}
+        assert {each.search_command("PING") for each in searching} == {b"PONG"}
         with Work(nodes[1].url, [*mine, *others]) as work:
             wait_until(lambda: all(work.written.values()))
             time.sleep(SECONDS / 2)
             killed = time.monotonic()
             kill(victim)
             before = dict(work.written)
-            assert {each.search_command("PING") for each in searching} == {True}
+            assert {each.search_command("PING") for each in searching} == {b"PONG"}
             wait_until(
                 lambda: (
                     work.failures

