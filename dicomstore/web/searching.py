@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections import OrderedDict
 from collections.abc import Sequence
 from datetime import date, timedelta
 from typing import Any, NamedTuple
 
-import redis
-
-from dicomstore.catalogue.engine import PAGE, SEARCH_TIMEOUT_MS
 from dicomstore.catalogue.query import build_query
-from dicomstore.catalogue.schema import INDEX, Index, named
-from dicomstore.errors import SearchError, SearchTimeoutError
-from dicomstore.web.fetching import Command, Fetching, inflated
+from dicomstore.catalogue.schema import Index
+from dicomstore.web.asking import OPTIONS, Asking, Row, whole
+from dicomstore.web.fetching import Fetching, inflated
 from dicomstore.web.matching import INSTANCE, MOST_VALUES, SERIES, STUDY, UIDS, Wanted
 
-#: So many answers of the index are remembered for as long as it does not change.
-REMEMBERED = 64
-#: An answer of more rows is not.
-REMEMBERED_ROWS = 20_000
 #: Where more instances than this fit, only those of the latest days are grouped into studies.
 GROUPED = 20_000
 #: So many days at first; then twice as many, until there are studies enough.
@@ -30,10 +22,6 @@ FIRST_DAYS = 8
 FIRST_STUDIES = 8
 #: A date before any study's.
 EARLIEST = date(1950, 1, 1)
-
-OPTIONS = ("TIMEOUT", str(SEARCH_TIMEOUT_MS), "DIALECT", "2")
-
-Row = dict[bytes, Any]
 
 
 class TooBroadError(ValueError):
@@ -49,7 +37,7 @@ class Found(NamedTuple):
 
 
 class Searching:
-    """Asks the index.
+    """Finds studies, series and instances.
 
     Parameters
     ----------
@@ -58,8 +46,7 @@ class Searching:
 
     def __init__(self, fetching: Fetching) -> None:
         self._fetching = fetching
-        self._remembered: OrderedDict[Command, list[Row]] = OrderedDict()
-        self._state: Any = None
+        self._asking = Asking(fetching)
         self._latest: date | None = None
 
     async def instances(self, uids: dict[str, str]) -> list[Found]:
@@ -67,8 +54,8 @@ class Searching:
 
         Of files that share all three UIDs it is the one whose path comes first.
         """
-        rows = await self._rows(
-            await self._index(), {**dict.fromkeys(UIDS.values(), ...), **uids},
+        rows = await self._asking.rows(
+            await self._asking.index(), {**dict.fromkeys(UIDS.values(), ...), **uids},
             ("LOAD", "3", "@__key", "@seriesInstanceUID", "@sopInstanceUID"),
         )  # fmt: skip
         found: dict[tuple[bytes, bytes], Found] = {}
@@ -83,12 +70,12 @@ class Searching:
 
         None says that there are more, and that they were not counted.
         """
-        index = await self._index()
+        index = await self._asking.index()
         # Only what has all three UIDs can be retrieved.
         conditions = {**dict.fromkeys(UIDS.values(), ...), **wanted.conditions}
         for name, fits in wanted.fits.items():
             field = "modality" if name == "ModalitiesInStudy" else index.field(name)
-            fitting = [value for value in await self._values(index, field) if fits(value)]
+            fitting = [value for value in await self._asking.values(index, field) if fits(value)]
             if len(fitting) > MOST_VALUES:
                 raise TooBroadError(f"{name}: over {MOST_VALUES} values fit; give more of it.")
             if not fitting:
@@ -118,21 +105,21 @@ class Searching:
         """
         reduced = ("REDUCE", "MAX", "1", "@studyDate", "AS", "date")
         stages = ("GROUPBY", "1", "@studyInstanceUID", *reduced)
-        if await self._count(index, conditions) > GROUPED:
+        if await self._asking.count(index, conditions) > GROUPED:
             latest = self._latest = self._latest or await self._latest_date(index)
             days = FIRST_DAYS
             while (latest - EARLIEST).days > days:
                 since = {"studyDate": (latest - timedelta(days), None)}
-                rows = await self._rows(index, conditions | since, stages)
+                rows = await self._asking.rows(index, conditions | since, stages)
                 if len(rows) > most:
                     return _latest_first(rows), False
                 days *= 2
-        return _latest_first(await self._rows(index, conditions, stages)), True
+        return _latest_first(await self._asking.rows(index, conditions, stages)), True
 
     async def _latest_date(self, index: Index) -> date:
         # Remembered for good: from an older one, a search is no less right, and soon as fast.
         reduced = ("GROUPBY", "0", "REDUCE", "MAX", "1", "@studyDate", "AS", "date")
-        (row,) = await self._rows(index, {"studyDate": ...}, reduced) or [{}]
+        (row,) = await self._asking.rows(index, {"studyDate": ...}, reduced) or [{}]
         try:
             return date.fromisoformat(str(int(_number(row, b"date"))))
         except ValueError:
@@ -147,8 +134,8 @@ class Searching:
         than `most` series or instances in them.
         """
         uid = UIDS[STUDY]
-        if conditions[uid] is ... and await self._count(index, conditions) > GROUPED:
-            studies = sorted(await self._values(index, uid))
+        if conditions[uid] is ... and await self._asking.count(index, conditions) > GROUPED:
+            studies = sorted(await self._asking.values(index, uid))
             rows: list[Row] = []
             at, step = 0, FIRST_STUDIES
             while at < len(studies):
@@ -165,7 +152,7 @@ class Searching:
         if level == SERIES:
             reduced = ("REDUCE", "MIN", "1", "@seriesNumber", "AS", "number")
             by = ("GROUPBY", "2", "@studyInstanceUID", "@seriesInstanceUID")
-            rows = await self._rows(index, conditions, (*by, *reduced))
+            rows = await self._asking.rows(index, conditions, (*by, *reduced))
             return sorted(
                 rows,
                 key=lambda row: (
@@ -176,7 +163,9 @@ class Searching:
             )
         loaded = ("__key", "studyInstanceUID", "seriesInstanceUID", "sopInstanceUID",
                   "instanceNumber")  # fmt: skip
-        rows = await self._rows(index, conditions, ("LOAD", "5", *(f"@{name}" for name in loaded)))
+        rows = await self._asking.rows(
+            index, conditions, ("LOAD", "5", *(f"@{name}" for name in loaded))
+        )
         first: dict[tuple[bytes, ...], Row] = {}
         for row in sorted(rows, key=lambda row: row[b"__key"]):
             first.setdefault(tuple(row[UIDS[level].encode()] for level in UIDS), row)
@@ -231,7 +220,9 @@ class Searching:
         if level == STUDY:
             stages += ["REDUCE", "COUNT_DISTINCT", "1", "@seriesInstanceUID", "AS", "series"]
             stages += ["REDUCE", "TOLIST", "1", "@modality", "AS", "modalities"]
-        rows = {row[field.encode()]: row for row in await self._rows(index, conditions, stages)}
+        rows = {
+            row[field.encode()]: row for row in await self._asking.rows(index, conditions, stages)
+        }
         keys = await self._keys(index, field, uids)
         found: dict[bytes, dict[str, Any]] = {}
         for uid, row in rows.items():
@@ -263,89 +254,9 @@ class Searching:
         ]  # fmt: skip
         found = {}
         for uid, reply in zip(uids, await self._fetching.replies(commands), strict=True):
-            for result in _whole(reply)[b"results"]:
+            for result in whole(reply)[b"results"]:
                 found[uid] = os.fsdecode(result[b"id"])
         return found
-
-    # --- the index ---
-
-    async def _index(self) -> Index:
-        """Return the index that answers now; forget its answers if anything in it has changed."""
-        (info,) = await self._fetching.replies([("FT.INFO", INDEX)])
-        if isinstance(info, redis.ResponseError):
-            raise SearchError("There is no index: load a file, or search once, to have it made.")
-        if isinstance(info, Exception):
-            raise info
-        # Every document that is added or changed takes a new number.
-        by_name = named(info)
-        state = [by_name[name] for name in (b"index_name", b"max_doc_id", b"num_docs")]
-        if state != self._state:
-            self._remembered.clear()
-            self._state = state
-        return Index.of(info)
-
-    async def _values(self, index: Index, field: str) -> list[str]:
-        """Return the values of a field, those of deleted documents perhaps among them."""
-        (reply,) = await self._fetching.replies([("FT.TAGVALS", index.name, field)])
-        if isinstance(reply, redis.ResponseError):
-            raise SearchError(
-                "The values of a field cannot be listed: allow the user FT.TAGVALS, as in "
-                "docs/security.md."
-            ) from reply
-        if isinstance(reply, Exception):
-            raise reply
-        return [value.decode() for value in reply]
-
-    async def _count(self, index: Index, conditions: dict[str, Any]) -> int:
-        """Return how many instances meet the conditions, those without UIDs among them."""
-        asked = {name: wanted for name, wanted in conditions.items() if wanted is not ...}
-        query = build_query("", asked, index)
-        (reply,) = await self._fetching.replies(
-            [("FT.SEARCH", index.name, query.text, "LIMIT", "0", "0", *query.parameters, *OPTIONS)]
-        )
-        return int(_whole(reply)[b"total_results"])
-
-    async def _rows(
-        self, index: Index, conditions: dict[str, Any], stages: Sequence[str]
-    ) -> list[Row]:
-        """Return all rows of an aggregation over what meets the conditions."""
-        query = build_query("", conditions, index)
-        cursor_options = ("WITHCURSOR", "COUNT", str(PAGE))
-        words = ("FT.AGGREGATE", index.name, query.text, *stages, *cursor_options,
-                 *query.parameters, *OPTIONS)  # fmt: skip
-        if (known := self._remembered.get(words)) is not None:
-            return known
-        state = self._state
-        reply, cursor = _complete(*await self._fetching.replies([words]))
-        rows = [result[b"extra_attributes"] for result in reply[b"results"]]
-        while cursor:
-            read = ("FT.CURSOR", "READ", index.name, cursor)
-            reply, cursor = _complete(*await self._fetching.replies([read]))
-            rows += [result[b"extra_attributes"] for result in reply[b"results"]]
-        if state == self._state and len(rows) <= REMEMBERED_ROWS:
-            self._remembered[words] = rows
-            if len(self._remembered) > REMEMBERED:
-                self._remembered.popitem(last=False)
-        return rows
-
-
-def _complete(reply: Any) -> tuple[Any, Any]:
-    """Return a reply and its cursor, if the answer is complete."""
-    found, cursor = (reply, 0) if isinstance(reply, Exception) else reply
-    return _whole(found), cursor
-
-
-def _whole(reply: Any) -> Any:
-    """Return a reply, if the answer is complete."""
-    if isinstance(reply, redis.ResponseError):
-        if "timeout" in str(reply).lower():
-            raise SearchTimeoutError("The search engine did not finish in time: ask for less.")
-        raise SearchError("The search engine refused the query.") from reply
-    if isinstance(reply, Exception):
-        raise reply
-    if reply.get(b"warning"):
-        raise SearchError("The search engine warns that its answer is not complete.")
-    return reply
 
 
 def _latest_first(rows: list[Row]) -> list[Row]:
