@@ -545,6 +545,52 @@ def test_a_replaced_instance_is_never_mixed_up(store):
         assert get(address, "/studies/1.2/series/1.3/instances/1.4.2/frames/1")[0] == 404
 
 
+def test_metadata_follows_the_store(store):
+    """What is said of a series is of the files stored now, also of what was asked for before."""
+
+    def put(number, name):
+        uids = {"StudyInstanceUID": "1.2", "SeriesInstanceUID": "1.3"}
+        store.put(f"{number}.dcm", dicom(SOPInstanceUID=f"1.4.{number}", PatientName=name, **uids))
+
+    def names():
+        found = web.retrieve_series_metadata("1.2", "1.3")
+        return [one["00100010"]["Value"][0]["Alphabetic"] for one in found]
+
+    put(1, "A")
+    put(2, "B")
+    with serving(store) as address:
+        web = DICOMwebClient(address)
+        assert names() == names() == ["A", "B"]
+        put(2, "C")
+        assert names() == ["A", "C"]
+        store.delete("1.dcm")
+        assert names() == ["C"]
+
+
+def test_an_instance_is_found_without_asking_which_index(store, client):
+    """FT.INFO is sent for the first instance, and again when another index answers."""
+
+    def put(number):
+        uids = {"StudyInstanceUID": "1.2", "SeriesInstanceUID": "1.3"}
+        store.put(f"{number}.dcm", dicom(SOPInstanceUID=f"1.4.{number}", **uids))
+
+    def asked():
+        return client.info("commandstats").get("cmdstat_FT.INFO", {}).get("calls", 0)
+
+    for number in range(4):
+        put(number)
+    with serving(store) as address:
+        web = DICOMwebClient(address)
+        for number, has_asked in enumerate((True, False, True, False)):
+            if number == 2:
+                store.index_also("StationName")
+            before = asked()
+            web.retrieve_instance_metadata("1.2", "1.3", f"1.4.{number}")
+            assert (asked() > before) == has_asked
+        put(4)
+        web.retrieve_instance_metadata("1.2", "1.3", "1.4.4")
+
+
 def test_the_first_path_answers_for_shared_uids(store):
     """Of files that share all UIDs, the one whose path comes first is served."""
 

@@ -34,6 +34,8 @@ MOST_FRAMES = 1000
 MOST_BYTES = 256 * 1024 * 1024
 #: The metadata of so many instances is fetched at a time.
 TOGETHER = 100
+#: So much of it, compressed, is joined at once; more of it in a thread (bytes).
+SHORT_BYTES = 100_000
 #: So many images are decoded at a time, and so many may wait for that.
 DECODING, WAITING = 2, 32
 #: Without a token only a browser or program on this machine is answered, under these names; else
@@ -161,8 +163,7 @@ async def metadata(services: Services, scope: Scope) -> Answered:
     uids = _uids(scope)
     instances = await _instances(services, uids)
     study = f"{_base(scope)}/studies/{uids['studyInstanceUID']}"
-    if len(instances) > TOGETHER:  # before a part of the answer is sent
-        _check_json(instances, await services.fetching.without_json([one.key for one in instances]))
+    _check_json(instances, {one.key for one in instances if one.attached.json_crc is None})
     # Files may have UIDs that are none: quoted, they do no harm in the answer.
     urls = [f"{study}/series/{quote(one.series)}/instances/{quote(one.uid)}" for one in instances]
     pieces = _metadata(services, instances, urls)
@@ -177,12 +178,13 @@ async def _metadata(
     opening = b"["
     for first in range(0, len(instances), TOGETHER):
         group = instances[first : first + TOGETHER]
-        keys = [one.key for one in group]
-        texts = await services.fetching.json(keys)
-        _check_json(group, {key for key, text in zip(keys, texts, strict=True) if text == b""})
+        texts = await services.fetching.json({one.key: one.attached for one in group})
+        lacking = {one.key for one, text in zip(group, texts, strict=True) if text == b""}
+        _check_json(group, lacking)
         own = urls[first : first + TOGETHER]
         work = functools.partial(_joined, list(zip(texts, own, strict=True)))
-        joined = work() if len(keys) < 10 else await asyncio.to_thread(work)
+        is_short = sum(len(text or b"") for text in texts) < SHORT_BYTES
+        joined = work() if is_short else await asyncio.to_thread(work)
         if joined:
             yield opening + joined
             opening = b","

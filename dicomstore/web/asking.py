@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -35,6 +36,7 @@ class Asking:
         self._fetching = fetching
         self._remembered: OrderedDict[Command, list[Row]] = OrderedDict()
         self._state: Any = None
+        self._latest: Index | None = None
 
     async def index(self) -> Index:
         """Return the index that answers now; forget its answers if anything in it has changed."""
@@ -49,7 +51,8 @@ class Asking:
         if state != self._state:
             self._remembered.clear()
             self._state = state
-        return Index.of(info)
+        self._latest = Index.of(info)
+        return self._latest
 
     async def values(self, index: Index, field: str) -> list[str]:
         """Return the values of a field, those of deleted documents perhaps among them."""
@@ -75,25 +78,43 @@ class Asking:
     async def rows(
         self, index: Index, conditions: dict[str, Any], stages: Sequence[str]
     ) -> list[Row]:
-        """Return all rows of an aggregation over what meets the conditions."""
-        query = build_query("", conditions, index)
-        cursor_options = ("WITHCURSOR", "COUNT", str(PAGE))
-        words = ("FT.AGGREGATE", index.name, query.text, *stages, *cursor_options,
-                 *query.parameters, *OPTIONS)  # fmt: skip
+        """Return all rows of an aggregation over what meets the conditions, remembered ones too."""
+        words = _words(index, conditions, stages)
         if (known := self._remembered.get(words)) is not None:
             return known
         state = self._state
-        reply, cursor = _complete(*await self._fetching.replies([words]))
-        rows = [result[b"extra_attributes"] for result in reply[b"results"]]
-        while cursor:
-            read = ("FT.CURSOR", "READ", index.name, cursor)
-            reply, cursor = _complete(*await self._fetching.replies([read]))
-            rows += [result[b"extra_attributes"] for result in reply[b"results"]]
+        rows = await self._all(words)
         if state == self._state and len(rows) <= REMEMBERED_ROWS:
             self._remembered[words] = rows
             if len(self._remembered) > REMEMBERED:
                 self._remembered.popitem(last=False)
         return rows
+
+    async def rows_at_once(self, conditions: dict[str, Any], stages: Sequence[str]) -> list[Row]:
+        """Return the rows as they are now, from the index that answered last if it still does.
+
+        FT.INFO takes as long as a search that finds one instance.
+        """
+        if (index := self._latest) is not None:
+            with contextlib.suppress(SearchError):  # another index may answer now
+                return await self._all(_words(index, conditions, stages))
+        return await self._all(_words(await self.index(), conditions, stages))
+
+    async def _all(self, words: Command) -> list[Row]:
+        rows: list[Row] = []
+        index = words[1]
+        while words:
+            reply, cursor = _complete(*await self._fetching.replies([words]))
+            rows += [result[b"extra_attributes"] for result in reply[b"results"]]
+            words = ("FT.CURSOR", "READ", index, cursor) if cursor else ()
+        return rows
+
+
+def _words(index: Index, conditions: dict[str, Any], stages: Sequence[str]) -> Command:
+    query = build_query("", conditions, index)
+    cursor_options = ("WITHCURSOR", "COUNT", str(PAGE))
+    return ("FT.AGGREGATE", index.name, query.text, *stages, *cursor_options,
+            *query.parameters, *OPTIONS)  # fmt: skip
 
 
 def _complete(reply: Any) -> tuple[Any, Any]:

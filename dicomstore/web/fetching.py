@@ -9,7 +9,7 @@ import io
 import json
 import zlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
@@ -73,6 +73,13 @@ class Stored(NamedTuple):
     @property
     def syntax(self) -> str | None:
         return self.frames.syntax
+
+
+class Attached(NamedTuple):
+    """A version of an instance, and the CRC-32 of its DICOM JSON; None if it has none."""
+
+    version: str
+    json_crc: int | None
 
 
 class Fetching:
@@ -174,8 +181,8 @@ class Fetching:
             return found
         raise MissingChunkError(f"{shown_path(key)} is replaced faster than it can be read.")
 
-    async def json(self, keys: Sequence[str]) -> list[bytes | None]:
-        """Return data sets as DICOM JSON, compressed.
+    async def json(self, attached: Mapping[str, Attached | None]) -> list[bytes | None]:
+        """Return data sets as DICOM JSON, compressed, by the keys of their documents.
 
         It is empty for an instance that has none, and None for one that is deleted.
 
@@ -184,38 +191,34 @@ class Fetching:
         MissingChunkError, DamagedError
             If one is gone or damaged, and cannot be made again.
         """
-        crcs = await self._json_crcs(keys)
-        found: dict[str, bytes | None] = {key: b"" if crc else None for key, crc in crcs.items()}
-        named = {key: crc for key, crc in crcs.items() if crc and crc[1]}
+        found: dict[str, bytes | None] = {
+            key: b"" if one else None for key, one in attached.items()
+        }
+        named = {key: one for key, one in attached.items() if one and one.json_crc is not None}
         if named:
-            names = [f"chunk:{key}:{version}:json" for key, (version, _) in named.items()]
+            names = [f"chunk:{key}:{one.version}:json" for key, one in named.items()]
             (texts,) = await self.replies([("MGET", *names)])
             if isinstance(texts, Exception):
                 raise texts
             found |= zip(named, texts, strict=True)
         # Replaced meanwhile, or lost.
-        others = [key for key, (_, crc) in named.items() if crc32(found[key] or b"") != crc]
+        others = [key for key, one in named.items() if crc32(found[key] or b"") != one.json_crc]
         found |= zip(others, await asyncio.gather(*map(self._json_anew, others)), strict=True)
-        return [found[key] for key in keys]
+        return list(found.values())
 
-    async def without_json(self, keys: Sequence[str]) -> set[str]:
-        """Return the keys of instances that have no DICOM JSON."""
-        crcs = await self._json_crcs(keys)
-        return {key for key, crc in crcs.items() if crc and not crc[1]}
-
-    async def _json_crcs(self, keys: Sequence[str]) -> dict[str, tuple[str, int | None] | None]:
-        """Return of instances their version, and their JSON's CRC-32 if they have any."""
+    async def attached(self, keys: Sequence[str]) -> dict[str, Attached | None]:
+        """Return by key what is attached to the stored versions; None for a deleted instance."""
         wanted = list(dict.fromkeys(keys))
         # One command for all: a command each took longer than everything else of the answer.
         (replies,) = await self.replies([("JSON.MGET", *wanted, "$['version','attachments']")])
         if isinstance(replies, Exception):
             raise replies
-        found: dict[str, tuple[str, int | None] | None] = {}
+        found: dict[str, Attached | None] = {}
         for key, reply in zip(wanted, replies, strict=True):
             members = [] if reply is None else json.loads(reply)
             version = next((one for one in members if isinstance(one, str)), None)
-            attached = next((one for one in members if isinstance(one, dict)), {})
-            found[key] = (version, attached.get("json")) if version else None
+            attachments = next((one for one in members if isinstance(one, dict)), {})
+            found[key] = Attached(version, attachments.get("json")) if version else None
         return found
 
     async def _json_anew(self, key: str) -> bytes | None:

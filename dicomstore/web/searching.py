@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from dicomstore.catalogue.query import build_query
 from dicomstore.catalogue.schema import Index
 from dicomstore.web.asking import OPTIONS, Asking, Row, whole
-from dicomstore.web.fetching import Fetching, inflated
-from dicomstore.web.matching import INSTANCE, MOST_VALUES, SERIES, STUDY, UIDS, Wanted
+from dicomstore.web.fetching import Attached, Fetching, inflated
+from dicomstore.web.matching import IN_STUDY, INSTANCE, MOST_VALUES, SERIES, STUDY, UIDS, Wanted
 
 #: Where more instances than this fit, only those of the latest days are grouped into studies.
 GROUPED = 20_000
@@ -22,6 +22,8 @@ FIRST_DAYS = 8
 FIRST_STUDIES = 8
 #: A date before any study's.
 EARLIEST = date(1950, 1, 1)
+#: Where a document has the CRC-32 of its DICOM JSON.
+JSON_CRC = "$.attachments.json"
 
 
 class TooBroadError(ValueError):
@@ -29,11 +31,12 @@ class TooBroadError(ValueError):
 
 
 class Found(NamedTuple):
-    """An instance: its SOP Instance UID, the key of its document, and its Series Instance UID."""
+    """An instance: its UIDs, the key of its document, and what is attached to it."""
 
     uid: str
     key: str
     series: str
+    attached: Attached
 
 
 class Searching:
@@ -54,14 +57,18 @@ class Searching:
 
         Of files that share all three UIDs it is the one whose path comes first.
         """
-        rows = await self._asking.rows(
-            await self._asking.index(), {**dict.fromkeys(UIDS.values(), ...), **uids},
-            ("LOAD", "3", "@__key", "@seriesInstanceUID", "@sopInstanceUID"),
-        )  # fmt: skip
+        conditions = {**dict.fromkeys(UIDS.values(), ...), **uids}
+        loaded = ("@__key", "@seriesInstanceUID", "@sopInstanceUID", "$.version", JSON_CRC)
+        stages = ("LOAD", str(len(loaded)), *loaded)
+        if UIDS[INSTANCE] in uids:
+            rows = await self._asking.rows_at_once(conditions, stages)
+        else:
+            rows = await self._asking.rows(await self._asking.index(), conditions, stages)
         found: dict[tuple[bytes, bytes], Found] = {}
         for row in sorted(rows, key=lambda row: row[b"__key"]):
             series, uid = row[b"seriesInstanceUID"], row[b"sopInstanceUID"]
-            one = Found(uid.decode(), os.fsdecode(row[b"__key"]), series.decode())
+            key = os.fsdecode(row[b"__key"])
+            one = Found(uid.decode(), key, series.decode(), _attached(row))
             found.setdefault((series, uid), one)
         return list(found.values())
 
@@ -74,17 +81,15 @@ class Searching:
         # Only what has all three UIDs can be retrieved.
         conditions = {**dict.fromkeys(UIDS.values(), ...), **wanted.conditions}
         for name, fits in wanted.fits.items():
-            field = "modality" if name == "ModalitiesInStudy" else index.field(name)
+            field = IN_STUDY.get(name) or index.field(name)
             fitting = [value for value in await self._asking.values(index, field) if fits(value)]
             if len(fitting) > MOST_VALUES:
                 raise TooBroadError(f"{name}: over {MOST_VALUES} values fit; give more of it.")
             if not fitting:
                 return [], 0
             conditions[name] = fitting
-        if "ModalitiesInStudy" in conditions:
-            conditions["modality"] = conditions.pop("ModalitiesInStudy")
-        if "SOPClassesInStudy" in conditions:
-            conditions["sopClassUID"] = conditions.pop("SOPClassesInStudy")
+        for name in IN_STUDY.keys() & conditions.keys():
+            conditions[IN_STUDY[name]] = conditions.pop(name)
         most = wanted.offset + wanted.limit
         if wanted.level == STUDY:
             rows, are_all = await self._latest_studies(index, conditions, most)
@@ -192,7 +197,7 @@ class Searching:
             counted = await self._counted(index, wanted.level, page) if page else {}
             page = [row for row in page if row[field] in counted]  # the others are deleted
             keys = [counted[row[field]]["key"] for row in page]
-        texts = await self._fetching.json(keys) if keys else []
+        texts = await self._fetching.json(await self._fetching.attached(keys)) if keys else []
         answers = []
         for row, text in zip(page, texts, strict=True):
             dataset = json.loads(inflated(text)) if text else {}
@@ -257,6 +262,11 @@ class Searching:
             for result in whole(reply)[b"results"]:
                 found[uid] = os.fsdecode(result[b"id"])
         return found
+
+
+def _attached(row: Row) -> Attached:
+    crc = row.get(JSON_CRC.encode())
+    return Attached(row[b"$.version"].decode(), None if crc is None else int(crc))
 
 
 def _latest_first(rows: list[Row]) -> list[Row]:
