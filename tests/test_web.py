@@ -563,8 +563,10 @@ def test_metadata_follows_the_store(store):
         assert names() == names() == ["A", "B"]
         put(2, "C")
         assert names() == ["A", "C"]
+        put(3, "D")
+        assert names() == ["A", "C", "D"]
         store.delete("1.dcm")
-        assert names() == ["C"]
+        assert names() == ["C", "D"]
 
 
 def test_an_instance_is_found_without_asking_which_index(store, client):
