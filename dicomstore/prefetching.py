@@ -15,7 +15,7 @@ from dicomstore.blobs.versions import Versions
 from dicomstore.catalogue.index import Catalogue
 from dicomstore.errors import DamagedError, DicomRedisError, MissingChunkError
 from dicomstore.keys import shown_path
-from dicomstore.reading import Reading
+from dicomstore.naming import Naming
 from dicomstore.tier import Tier
 
 #: So much is fetched at a time (bytes): a read never waits for more than that.
@@ -178,16 +178,16 @@ class Around:
 
     Parameters
     ----------
-    reading : Reading
+    naming : Naming
     catalogue : Catalogue
     prefetcher : Prefetcher
     what : {"series", "study"}
     """
 
     def __init__(
-        self, reading: Reading, catalogue: Catalogue, prefetcher: Prefetcher, what: str
+        self, naming: Naming, catalogue: Catalogue, prefetcher: Prefetcher, what: str
     ) -> None:
-        self._reading = reading
+        self._naming = naming
         self._catalogue = catalogue
         self._prefetcher = prefetcher
         self._field = f"{what}InstanceUID"
@@ -195,7 +195,7 @@ class Around:
 
     def missed(self, key: str) -> None:
         """Note that the file at `key` was not in Redis."""
-        _, members = self._reading.members(key, (self._field,))
+        _, members = self._naming.members(key, (self._field,))
         uid = members.get(self._field)
         if uid and uid != self._latest:  # its other instances are on their way already
             self._latest = uid

@@ -1,4 +1,4 @@
-"""Files out: by name, in one version, with as few round trips as there can be."""
+"""Files out: each in one version, with as few round trips as there can be."""
 
 from __future__ import annotations
 
@@ -21,14 +21,12 @@ from dicomstore.blobs.manifest import (
 )
 from dicomstore.blobs.reader import CACHE_BYTES, ChunkReader
 from dicomstore.blobs.versions import Versions, is_foreign
-from dicomstore.catalogue.index import Catalogue
 from dicomstore.errors import (
-    AmbiguousNameError,
     DamagedError,
     MissingChunkError,
-    NotStoredError,
 )
-from dicomstore.keys import document_key, likely_key, path_of, shown_path
+from dicomstore.keys import likely_key, path_of, shown_path
+from dicomstore.naming import Naming
 from dicomstore.server.connection import Server
 from dicomstore.tier import Mender, Tier
 
@@ -52,8 +50,7 @@ class Reading:
     versions : Versions
     tier : Tier
         Mends what is missing, where it has a source.
-    catalogue : Catalogue
-        Finds files by their imageName.
+    naming : Naming
     """
 
     def __init__(
@@ -62,70 +59,18 @@ class Reading:
         chunks: Chunks,
         versions: Versions,
         tier: Tier,
-        catalogue: Catalogue,
+        naming: Naming,
     ) -> None:
         self._server = server
         self._chunks = chunks
         self._versions = versions
         self._tier = tier
-        self._catalogue = catalogue
+        self._naming = naming
         self._remembered = _Remembered()
-
-    # --- by name ---
-
-    def members(
-        self, name: str, names: Sequence[str], mender: Mender | None = None
-    ) -> tuple[str, dict[str, Any]]:
-        """Return key and members of the document that `name` means: a key, a path or imageName.
-
-        A file whose document is gone comes from `mender`.
-
-        Raises
-        ------
-        NotStoredError, AmbiguousNameError
-            If the name is not that of one stored file.
-        """
-        for key in _keys(name):
-            found = self._versions.members(key, names)
-            if found is None and mender is not None and mender.load(key):
-                found = self._versions.members(key, names)
-                if found is None:
-                    raise MissingChunkError(f"{key} is evicted as soon as it is loaded.")
-            if found is not None:
-                return key, found
-        return self._by_image_name(name, names)
-
-    def _by_image_name(self, name: str, names: Sequence[str]) -> tuple[str, dict[str, Any]]:
-        """Return key and members of the only document with an imageName."""
-        if not self._server.can_search():
-            raise NotStoredError(
-                f"No file {shown_path(name)!r} is stored under this key or path, and this cluster "
-                "cannot be searched for an imageName."
-            )
-        images = self._catalogue.keys_of(imageName=shown_path(name))
-        if len(images) > 1:
-            paths = ", ".join(shown_path(path_of(key)) for key in images[:3])
-            raise AmbiguousNameError(
-                f"{len(images)} stored files are named {shown_path(name)}; say which by its path: "
-                f"{paths}{', ...' if len(images) > 3 else '.'}"
-            )
-        found = self._versions.members(images[0], names) if images else None
-        if found is None:
-            raise NotStoredError(
-                f"No file {shown_path(name)!r} is stored: it is not a key, a path or an imageName."
-            )
-        return images[0], found
-
-    def key_to_fetch(self, name: str) -> str:
-        """Return the key of the file that `name` means: one that is stored, or at the source."""
-        for key in _keys(name):
-            if self._versions.members(key, ("version",)) is not None or self._tier.has(key):
-                return key
-        return self._by_image_name(name, ("version",))[0]
 
     def manifest(self, name: str) -> Manifest:
         """Return the manifest of the stored version."""
-        return parse_manifest(*self.members(name, MANIFEST_MEMBERS, self._tier.mender()))
+        return parse_manifest(*self._naming.members(name, MANIFEST_MEMBERS, self._tier.mender()))
 
     def remember(self, found: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
         """Remember where files lie that a search has found: reading one takes one round trip."""
@@ -217,7 +162,7 @@ class Reading:
     ) -> Result:
         """Return what `action` makes of one version of a file; start over if it is replaced."""
         for _ in range(ATTEMPTS):
-            key, members = self.members(name, STORAGE_MEMBERS, mender)
+            key, members = self._naming.members(name, STORAGE_MEMBERS, mender)
             document = parse_document(key, members)
             try:
                 result = action(document)
@@ -381,11 +326,6 @@ class _Remembered:
     def forget(self, key: str) -> None:
         with self._lock:
             self._manifests.pop(key, None)
-
-
-def _keys(name: str) -> list[str]:
-    """Return the keys that a key or a path can mean, the likelier one first."""
-    return list(dict.fromkeys((likely_key(name), document_key(name))))
 
 
 def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:

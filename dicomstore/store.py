@@ -31,6 +31,7 @@ from dicomstore.imaging import describing, thumbnail
 from dicomstore.imaging.frames import Frames
 from dicomstore.keys import checked_path, path_of, shown_path
 from dicomstore.loading import Load, Loader, walk
+from dicomstore.naming import Naming
 from dicomstore.prefetching import Around, Prefetch, Prefetcher
 from dicomstore.reading import Reading
 from dicomstore.server.connection import Client, Server
@@ -112,16 +113,17 @@ class DicomStore:
         self._versions = Versions(self._server, self._chunks)
         self._loader = Loader(self._chunks, self._versions, chunk_size, thumbnails=thumbnails)
         self._tier = Tier(self._chunks, self._versions, self._loader, source, renew=renew)
+        self._naming = Naming(self._server, self._versions, self._tier, self._catalogue)
         self._reading = Reading(
-            self._server, self._chunks, self._versions, self._tier, self._catalogue
+            self._server, self._chunks, self._versions, self._tier, self._naming
         )
         self._prefetcher = Prefetcher(
             self._chunks, self._versions, self._tier, prefetch_mib_per_s * 1024 * 1024
         )
         if prefetch:
-            around = Around(self._reading, self._catalogue, self._prefetcher, prefetch)
+            around = Around(self._naming, self._catalogue, self._prefetcher, prefetch)
             self._tier.on_miss = around.missed
-        self._viewing = Viewing(self._chunks, self._versions, self._reading)
+        self._viewing = Viewing(self._chunks, self._versions, self._naming, self._reading)
 
     def __repr__(self) -> str:
         return f"DicomStore(chunk_size={self.chunk_size})"
@@ -291,7 +293,7 @@ class DicomStore:
         NotStoredError, AmbiguousNameError
             If the name is not that of one stored file.
         """
-        key, _ = self._reading.members(name, ("version",))
+        key, _ = self._naming.members(name, ("version",))
         self._versions.delete(key)
 
     def sweep(self, *, under: str = "") -> pd.DataFrame:
@@ -401,7 +403,7 @@ class DicomStore:
 
     def blake3(self, name: Any) -> str:
         """Return the BLAKE3 that was stored with a file; `name` as for :meth:`read`."""
-        return str(self._reading.members(_name(name), ("blake3",))[1].get("blake3"))
+        return str(self._naming.members(_name(name), ("blake3",))[1].get("blake3"))
 
     def dicom_json(self, name: Any) -> bytes | None:
         """Return a data set as DICOM JSON (PS3.18 Annex F), compressed with zlib.
@@ -602,7 +604,7 @@ class DicomStore:
         if names is None:
             keys = self._versions.keys()
         else:
-            found = (self._reading.members(name, ("version",), mender)[0] for name in _names(names))
+            found = (self._naming.members(name, ("version",), mender)[0] for name in _names(names))
             keys = list(dict.fromkeys(found))
         folder = _folder(under)
         return [key for key in keys if path_of(key).startswith(folder)]
@@ -640,7 +642,7 @@ class DicomStore:
         if names is None:
             keys = self._catalogue.keys_of(**conditions)
         else:
-            keys = list(dict.fromkeys(map(self._reading.key_to_fetch, _names(names))))
+            keys = list(dict.fromkeys(map(self._naming.key_to_fetch, _names(names))))
         prefetch = Prefetch(keys)
         self._prefetcher.start(prefetch, lambda: keys)
         return prefetch
@@ -814,7 +816,7 @@ class DicomStore:
         """
         own_key = ""
         if isinstance(image, str):
-            own_key, members = self._reading.members(image, ("thumbnail",))
+            own_key, members = self._naming.members(image, ("thumbnail",))
             if "thumbnail" not in members:
                 raise NoThumbnailError(
                     f"{shown_path(own_key)} cannot be compared: it has no pixels, or they could "

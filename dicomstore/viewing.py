@@ -36,6 +36,7 @@ from dicomstore.imaging.locating import is_sound, locate
 from dicomstore.imaging.metadata import compressed_json
 from dicomstore.imaging.volume import Instance, Plan, Slice, Volume, needs_dataset, plan_volumes
 from dicomstore.keys import likely_key, path_of, shown_path
+from dicomstore.naming import Naming
 from dicomstore.reading import Reading
 
 #: What has to be known of an instance before a frame of it can be fetched and decoded.
@@ -72,12 +73,16 @@ class Viewing:
     ----------
     chunks : Chunks
     versions : Versions
+    naming : Naming
     reading : Reading
     """
 
-    def __init__(self, chunks: Chunks, versions: Versions, reading: Reading) -> None:
+    def __init__(
+        self, chunks: Chunks, versions: Versions, naming: Naming, reading: Reading
+    ) -> None:
         self._chunks = chunks
         self._versions = versions
+        self._naming = naming
         self._reading = reading
         self._known: OrderedDict[str, tuple[Manifest, Frames]] = OrderedDict()
         self._lock = threading.Lock()
@@ -162,7 +167,7 @@ class Viewing:
 
     def _members(self, name: str) -> tuple[Manifest, dict[str, Any]]:
         """Return an instance's manifest, and what its document says of its frames."""
-        key, members = self._reading.members(name, FRAME_MEMBERS, self._reading.mender())
+        key, members = self._naming.members(name, FRAME_MEMBERS, self._reading.mender())
         return parse_manifest(key, members), members
 
     def _frames(
@@ -216,7 +221,7 @@ class Viewing:
             if isinstance(one, Exception):
                 raise one
             if one is None or one.document is None:  # evicted, or damaged since it was found
-                key, members = self._reading.members(key, VOLUME_MEMBERS, self._reading.mender())
+                key, members = self._naming.members(key, VOLUME_MEMBERS, self._reading.mender())
                 document = parse_document(key, members)
             else:
                 document, members = one.document, one.members
