@@ -12,6 +12,9 @@ from dicomstore.keys import document_key, likely_key, path_of, shown_path
 from dicomstore.server.connection import Server
 from dicomstore.tier import Mender, Tier
 
+#: So many documents are read in one round trip.
+LOOK_UP = 1000
+
 
 class Naming:
     """Finds the document that a name means.
@@ -76,6 +79,19 @@ class Naming:
                 f"No file {shown_path(name)!r} is stored: it is not a key, a path or an imageName."
             )
         return images[0], found
+
+    def keys(self, names: Sequence[str], mender: Mender | None = None) -> list[str]:
+        """Return the keys of the files that names mean, each once; as `members`, for many."""
+        found = []
+        for first in range(0, len(names), LOOK_UP):
+            group = names[first : first + LOOK_UP]
+            keys = list(map(likely_key, group))
+            stored = self._versions.stored(keys, ("version",))
+            for name, key, one in zip(group, keys, stored, strict=True):
+                if isinstance(one, Exception):
+                    raise one
+                found.append(key if one else self.members(name, ("version",), mender)[0])
+        return list(dict.fromkeys(found))
 
     def key_to_fetch(self, name: str) -> str:
         """Return the key of the file that `name` means: one that is stored, or at the source."""

@@ -26,7 +26,7 @@ from dicomstore.errors import (
     MissingChunkError,
 )
 from dicomstore.keys import likely_key, path_of, shown_path
-from dicomstore.naming import Naming
+from dicomstore.naming import LOOK_UP, Naming
 from dicomstore.server.connection import Server
 from dicomstore.tier import Mender, Tier
 
@@ -36,8 +36,6 @@ Result = TypeVar("Result")
 ATTEMPTS = 20
 #: So many manifests are remembered, some 300 bytes each.
 REMEMBERED = 20_000
-#: So many documents are read in one round trip.
-LOOK_UP = 1000
 
 
 class Reading:

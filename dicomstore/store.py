@@ -601,11 +601,7 @@ class DicomStore:
 
         A named file whose document is gone comes from `mender`.
         """
-        if names is None:
-            keys = self._versions.keys()
-        else:
-            found = (self._naming.members(name, ("version",), mender)[0] for name in _names(names))
-            keys = list(dict.fromkeys(found))
+        keys = self._versions.keys() if names is None else self._naming.keys(_names(names), mender)
         folder = _folder(under)
         return [key for key in keys if path_of(key).startswith(folder)]
 

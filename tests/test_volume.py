@@ -15,7 +15,7 @@ from pydicom.pixels import apply_rescale
 from pydicom.uid import ExplicitVRBigEndian
 
 from demo.ct import write_sample_ct
-from dicomstore.errors import VolumeError
+from dicomstore.errors import NotStoredError, VolumeError
 from dicomstore.imaging import header
 from dicomstore.imaging.frames import Frames
 from dicomstore.imaging.locating import locate
@@ -459,3 +459,15 @@ def test_functional_groups_that_do_not_count():
     dataset.NumberOfFrames = 4
     with pytest.raises(VolumeError, match=r"e\.dcm has no functional groups for each"):
         plan_volumes([Instance("e.dcm", dataset)])
+
+
+def test_many_names_are_looked_up_together(store, client, tmp_path):
+    """A volume of named files takes a few round trips, not one for each name."""
+    store.load(write_sample_ct(tmp_path, slices=60, side=16))
+    paths = list(store.find()["path"])
+    before = client.info("stats")["total_reads_processed"]
+    volume = store.volume(paths)
+    assert client.info("stats")["total_reads_processed"] - before < 20
+    assert sorted(volume.paths) == paths
+    with pytest.raises(NotStoredError, match="'none'"):
+        store.volume([*paths, "none"])

@@ -230,9 +230,10 @@ class Chunks:
             crcs = [crc for document in documents for crc in document.crc]
             self._stream(lambda stream: stream.copy(chunks, write, crcs=crcs))
         else:
-            for document in documents:
-                for chunk in self.in_order(document):
-                    write(chunk)
+            for group in _groups(documents):
+                alone = len(group) == 1
+                for piece in self.in_order(group[0]) if alone else self._read_batch(group, None):
+                    write(piece)
 
     def read_each(
         self, documents: Sequence[Document], mend: Mend | None = None
