@@ -6,6 +6,7 @@
 # make check          set up, check format, lint and types
 # make format         put the code into its format
 # make notebook       run all notebooks and keep their outputs in them
+# make pictures       README's pictures of the notebook and its viewers, after make notebook
 # make bench          a slide in and out beside other methods (5 minutes, 13 GB of memory)
 # make bench-partial  what reading a part takes as files grow (5 minutes, 6 GB of memory)
 # make bench-load     real files in, beside one process with a SET for each chunk (2 minutes)
@@ -29,7 +30,7 @@ REDIS := .redis/redis-server
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo examples lab viewer test test-browser check format notebook bench bench-load bench-mixed bench-partial bench-search bench-series bench-tier bench-web faults clean
+.PHONY: help demo examples lab viewer test test-browser check format notebook pictures bench bench-load bench-mixed bench-partial bench-search bench-series bench-tier bench-web faults clean
 
 help:
 	@sed -n '/^# /!q; s/^# //p' Makefile
@@ -51,6 +52,9 @@ test: $(DEV) $(REDIS)
 
 test-browser: $(DEV) $(REDIS)
 	@$(BIN)/python -m pytest -m browser -s
+
+pictures: $(DEV) $(REDIS)
+	@$(BIN)/python -m pytest -m '' tests/readme_pictures.py
 
 faults: $(DEV) $(REDIS)
 	@PYTHONPATH=. $(BIN)/python tests/faults.py
