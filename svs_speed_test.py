@@ -368,14 +368,9 @@ def speed_test(arguments: argparse.Namespace, files: Sequence[Path]) -> bool:
         print(f"Files loaded: {len(files)}", flush=True)
     for file in files:
         result = measure(
-            store,
-            file,
-            connections=arguments.connections,
-            repeat=arguments.repeat,
-            timeout=arguments.timeout,
-            keep=arguments.keep,
-            output=arguments.output,
-        )
+            store, file, connections=arguments.connections, repeat=arguments.repeat,
+            timeout=arguments.timeout, keep=arguments.keep, output=arguments.output,
+        )  # fmt: skip
         results.append(result)
         if not arguments.json:
             report(result)
@@ -440,11 +435,9 @@ examples:
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
+        "--output", type=Path, metavar="DIR",
         help="retrieve into files in this folder and keep them",
-    )
+    )  # fmt: skip
     parser.add_argument("--keep", action="store_true", help="leave the slides in Redis")
     parser.add_argument(
         "--url", help="the Redis to use (default: $REDIS_URL, else the embedded one)"

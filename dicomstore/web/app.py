@@ -26,9 +26,10 @@ from dicomstore.errors import (
     SearchError,
 )
 from dicomstore.store import DicomStore
-from dicomstore.web.answers import LOCAL_HOSTS, Answered, Problem, Services
+from dicomstore.web.answers import LOCAL_HOSTS
 from dicomstore.web.inflating import TooLargeError
 from dicomstore.web.searching import TooBroadError
+from dicomstore.web.services import Answered, Problem, Services
 
 PREFIX = "/dicom-web"
 #: A request is answered within this time, or given up (s).
