@@ -45,7 +45,7 @@ POLICIES = ("volatile-lru", "volatile-ttl", "volatile-lfu", "allkeys-lru", "noev
 TIMES_OVER = 10
 ROOM = 100 * MIB
 PATIENTS, STUDIES = 30, 10  # the trace of examples/hot_tier.ipynb, and its memory
-LITTLE = "96mb"
+LITTLE = "256mb"
 
 #: A process of its own that misses at once, and says how long that took (ms).
 FRESH = """
@@ -172,7 +172,7 @@ def one_gap() -> Iterator[tuple[str, str]]:
 def cold_load(rounds: int) -> Iterator[tuple[str, str]]:
     """Load 2,000 files with and without their bytes."""
     with TemporaryDirectory() as folder:
-        archive.write_archive(folder, patients=50, studies=10)
+        archive.write_archive(folder, patients=50, studies=10, side=384)
         for thumbnails in (False, True):
             seconds: dict[bool, list[float]] = {True: [], False: []}
             for _ in range(rounds):

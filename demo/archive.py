@@ -35,7 +35,9 @@ class Opening(NamedTuple):
     files: list[str]
 
 
-def write_archive(folder: str | os.PathLike[str], *, patients: int, studies: int) -> Path:
+def write_archive(
+    folder: str | os.PathLike[str], *, patients: int, studies: int, side: int = SIDE
+) -> Path:
     """Write CT studies of four images, a folder for each patient and study, the oldest first.
 
     Parameters
@@ -43,6 +45,8 @@ def write_archive(folder: str | os.PathLike[str], *, patients: int, studies: int
     folder : path
     patients, studies : int
         How many, and how many each of them has: one a year, the last of 2024.
+    side : int, optional
+        Rows of an image, and columns.
 
     Returns
     -------
@@ -51,7 +55,7 @@ def write_archive(folder: str | os.PathLike[str], *, patients: int, studies: int
     """
     folder = Path(folder)
     with tempfile.TemporaryDirectory() as workspace:
-        made = sorted(write_sample_ct(workspace, slices=IMAGES, side=SIDE).iterdir())
+        made = sorted(write_sample_ct(workspace, slices=IMAGES, side=side).iterdir())
         images = [pydicom.dcmread(path) for path in made]
     for patient in range(patients):
         for study in range(studies):
