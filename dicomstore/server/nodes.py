@@ -34,7 +34,8 @@ def _pipelined(client: redis.Redis, commands: Sequence[Command]) -> list[Any]:
     On a connection itself, with redis-py's own retries: a pipeline of redis-py takes a quarter of
     a local round trip more.
     """
-    connection = client.connection or client.connection_pool.get_connection()
+    pool = client.connection_pool
+    connection = pool.get_connection()
 
     def exchange() -> list[Any]:
         connection.send_packed_command(connection.pack_commands(commands))
@@ -43,8 +44,7 @@ def _pipelined(client: redis.Redis, commands: Sequence[Command]) -> list[Any]:
     try:
         return connection.retry.call_with_retry(exchange, lambda _: connection.disconnect())
     finally:
-        if client.connection is None:
-            client.connection_pool.release(connection)
+        pool.release(connection)
 
 
 def _reply(connection: Any) -> Any:
