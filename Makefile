@@ -10,7 +10,7 @@
 # make bench          a slide in and out beside other methods (5 minutes, 13 GB of memory)
 # make bench-partial  what reading a part takes as files grow (5 minutes, 6 GB of memory)
 # make bench-load     real files in, beside one process with a SET for each chunk (2 minutes)
-# make bench-search   searching among up to 200,000 documents, and the scenarios (6 minutes)
+# make bench-search   searching among a million documents, and the scenarios (30 minutes, 6 GB)
 # make bench-series    a series as files and as one array, and a late frame (1 minute)
 # make bench-mixed    searches and small reads while a slide streams (8 minutes, 10 GB of memory)
 # make bench-tier     a tier before a source: misses, cold loads, eviction (10 minutes, 6 GB)
