@@ -145,10 +145,11 @@ async def metadata(peers: Sequence[Peer], rounds: int) -> Times:
 def write_small_ct(folder: Path) -> list[str]:
     """Write a CT of 128 KiB a slice under UIDs of its own; return its instances' addresses."""
     ct.write_sample_ct(folder, slices=SLICES, side=256)
-    root = ct.UID_ROOT[:-1] + "8"
+    shared = ct.UID_ROOT[:-2]  # of all its UIDs
+    root = shared[:-1] + "8"
     for path in folder.iterdir():
-        path.write_bytes(path.read_bytes().replace(ct.UID_ROOT.encode(), root.encode()))
-    study, series = (uid.replace(ct.UID_ROOT, root) for uid in (ct.STUDY, ct.SERIES))
+        path.write_bytes(path.read_bytes().replace(shared.encode(), root.encode()))
+    study, series = (uid.replace(shared, root) for uid in (ct.STUDY, ct.SERIES))
     uids = [pydicom.dcmread(path).SOPInstanceUID for path in folder.iterdir()]
     return [address(study, series, uid) for uid in uids]
 
