@@ -569,6 +569,17 @@ def test_metadata_follows_the_store(store):
         assert names() == ["C", "D"]
 
 
+def test_a_document_of_another_program_has_no_metadata(store, client):
+    """It is left out of a series' metadata, and keeps nobody from the others'."""
+    uids = {"StudyInstanceUID": "1.2", "SeriesInstanceUID": "1.3"}
+    store.put("1.dcm", dicom(SOPInstanceUID="1.4.1", PatientName="A", **uids))
+    theirs = {"studyInstanceUID": "1.2", "seriesInstanceUID": "1.3", "sopInstanceUID": "1.4.2"}
+    client.json().set("file:theirs", "$", theirs)
+    with serving(store) as address:
+        (found,) = DICOMwebClient(address).retrieve_series_metadata("1.2", "1.3")
+        assert found["00100010"]["Value"] == [{"Alphabetic": "A"}]
+
+
 def test_an_instance_is_found_without_asking_which_index(store, client):
     """FT.INFO is sent for the first instance, and again when another index answers."""
 

@@ -96,7 +96,8 @@ async def metadata(services: Services, scope: Scope) -> Answered:
     uids = _uids(scope)
     instances = await _instances(services, uids)
     study = f"{_base(scope)}/studies/{uids['studyInstanceUID']}"
-    _check_json(instances, {one.key for one in instances if one.attached.json_crc is None})
+    has_none = (one.key for one in instances if one.attached and one.attached.json_crc is None)
+    _check_json(instances, set(has_none))
     # Files may have UIDs that are none: quoted, they do no harm in the answer.
     urls = [f"{study}/series/{quote(one.series)}/instances/{quote(one.uid)}" for one in instances]
     pieces = _metadata(services, instances, urls)
@@ -111,9 +112,9 @@ async def _metadata(
     opening = b"["
     for first in range(0, len(instances), TOGETHER):
         group = instances[first : first + TOGETHER]
-        texts = await services.fetching.json({one.key: one.attached for one in group})
-        lacking = {one.key for one, text in zip(group, texts, strict=True) if text == b""}
-        _check_json(group, lacking)
+        found = await services.fetching.json({one.key: one.attached for one in group})
+        _check_json(group, {key for key, text in found.items() if text == b""})
+        texts = [found[one.key] for one in group]
         own = urls[first : first + TOGETHER]
         work = functools.partial(_joined, list(zip(texts, own, strict=True)))
         is_short = sum(len(text or b"") for text in texts) < SHORT_BYTES

@@ -181,7 +181,7 @@ class Fetching:
             return found
         raise MissingChunkError(f"{shown_path(key)} is replaced faster than it can be read.")
 
-    async def json(self, attached: Mapping[str, Attached | None]) -> list[bytes | None]:
+    async def json(self, attached: Mapping[str, Attached | None]) -> dict[str, bytes | None]:
         """Return data sets as DICOM JSON, compressed, by the keys of their documents.
 
         It is empty for an instance that has none, and None for one that is deleted.
@@ -204,7 +204,7 @@ class Fetching:
         # Replaced meanwhile, or lost.
         others = [key for key, one in named.items() if crc32(found[key] or b"") != one.json_crc]
         found |= zip(others, await asyncio.gather(*map(self._json_anew, others)), strict=True)
-        return list(found.values())
+        return found
 
     async def attached(self, keys: Sequence[str]) -> dict[str, Attached | None]:
         """Return by key what is attached to the stored versions; None for a deleted instance."""

@@ -36,7 +36,7 @@ class Found(NamedTuple):
     uid: str
     key: str
     series: str
-    attached: Attached
+    attached: Attached | None  # None: another program's document
 
 
 class Searching:
@@ -197,9 +197,10 @@ class Searching:
             counted = await self._counted(index, wanted.level, page) if page else {}
             page = [row for row in page if row[field] in counted]  # the others are deleted
             keys = [counted[row[field]]["key"] for row in page]
-        texts = await self._fetching.json(await self._fetching.attached(keys)) if keys else []
+        texts = await self._fetching.json(await self._fetching.attached(keys)) if keys else {}
         answers = []
-        for row, text in zip(page, texts, strict=True):
+        for row, key in zip(page, keys, strict=True):
+            text = texts[key]
             dataset = json.loads(inflated(text)) if text else {}
             if wanted.attributes is None:
                 shown = {tag: e for tag, e in dataset.items() if "BulkDataURI" not in e}
@@ -264,9 +265,13 @@ class Searching:
         return found
 
 
-def _attached(row: Row) -> Attached:
-    crc = row.get(JSON_CRC.encode())
-    return Attached(row[b"$.version"].decode(), None if crc is None else int(crc))
+def _attached(row: Row) -> Attached | None:
+    version, crc = row.get(b"$.version"), row.get(JSON_CRC.encode())
+    if version is None:
+        return None
+    if crc is None:
+        return Attached(version.decode(), None)
+    return Attached(version.decode(), int(crc) if crc.isdigit() else -1)  # -1 is no CRC-32
 
 
 def _latest_first(rows: list[Row]) -> list[Row]:
