@@ -165,7 +165,7 @@ def scenarios(rounds: int) -> tuple[dict[str, dict[str, list[float]]], dict[str,
         def ours_search() -> Any:
             days = ("2019-01-01", "2019-12-31")
             found = store.find(protocolName="194", studyDate=days, columns=())
-            return store.read(found.iloc[0])
+            return store.read(found)
 
         methods: dict[str, dict[str, Callable[[], Any]]] = {
             "1. known file": {

@@ -324,10 +324,10 @@ class DicomStore:
 
         Parameters
         ----------
-        name : str or pandas.Series
+        name : str, pandas.Series or pandas.DataFrame
             Key, path or unambiguous imageName; a path wins over an imageName. Or a row of
-            :meth:`find`. A file of up to 16 MiB takes two round trips by key or path, one if it was
-            read or found before.
+            :meth:`find`, or its table if that has one row. A file of up to 16 MiB takes two round
+            trips by key or path, one if it was read or found before.
         into : writable buffer, optional
             Filled in place, for large files; at least as long as the file.
 
@@ -885,6 +885,11 @@ def _name(name: Any) -> str:
         return str(name["key"])
     if isinstance(name, os.PathLike):
         return Path(name).as_posix()
+    if isinstance(name, pd.DataFrame):
+        names = _names(name)
+        if len(names) != 1:
+            raise ValueError(f"This table has {len(names)} files: give it to read_many().")
+        return names[0]
     raise TypeError(f"{type(name).__name__} is not a file's name: give a text, or a row of find().")
 
 

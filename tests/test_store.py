@@ -629,11 +629,17 @@ def test_a_file_that_was_read_or_found_takes_one_round_trip(client):
     fresh.find()
     client.config_resetstat()
     found = fresh.find(protocolName="194")
-    assert fresh.read(found.iloc[0]) == image
+    assert fresh.read(found) == image
     assert commands(client) == {"ft.search": 1, "json.get": 1, "mget": 1}
     reads = client.info("stats")["total_reads_processed"]
     assert fresh.read("x/a.dcm") == image
     assert client.info("stats")["total_reads_processed"] == reads + 2  # and this INFO
+    assert fresh.read(found.iloc[0]) == image
+    store.put("x/b.dcm", image, replace=True)
+    with pytest.raises(ValueError, match=r"2 files.*read_many"):
+        fresh.read(fresh.find(protocolName="194"))
+    with pytest.raises(ValueError, match=r"0 files"):
+        fresh.read(fresh.find(protocolName="none"))
 
 
 def test_many_files_take_as_many_commands_as_one(store, client):
