@@ -103,7 +103,7 @@ def _texts(outputs: list[Any]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return its exit code: 0, or 1 if a cell failed."""
+    """Run the command line; return its exit code: 0, or 1 if a cell failed or none can be read."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
         "notebooks", type=Path, nargs="*", default=[NOTEBOOK], help="default: the main one"
@@ -121,7 +121,11 @@ def main(argv: list[str] | None = None) -> int:
     for path in arguments.notebooks:
         if len(arguments.notebooks) > 1:
             print(f"\n{path.name}")
-        notebook = nbformat.read(path, as_version=4)
+        try:
+            notebook = nbformat.read(path, as_version=4)
+        except (OSError, ValueError, nbformat.ValidationError):
+            print(f"{path} is no notebook that can be read.", file=sys.stderr)
+            return 1
         try:
             run(notebook, path.resolve().parent)
         except CellExecutionError as error:

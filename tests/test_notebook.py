@@ -155,6 +155,16 @@ def small_notebook(path, *cells):
     return str(path)
 
 
+def test_what_is_no_notebook_is_named(tmp_path, capsys):
+    """A file that is not there, or is no notebook, is named in one sentence."""
+    for name, content in (("absent", None), ("text", "none"), ("json", "{}")):
+        path = tmp_path / f"{name}.ipynb"
+        if content is not None:
+            path.write_text(content)
+        assert run_notebook.main([str(path), "--out", str(tmp_path)]) == 1
+        assert capsys.readouterr().err == f"{path} is no notebook that can be read.\n"
+
+
 def test_a_failing_cell_fails_the_run(tmp_path, capsys):
     """A cell that raises ends the run with exit code 1; the error names notebook and cause."""
     cell = nbformat.v4.new_code_cell("raise OSError('no disk')")

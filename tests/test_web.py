@@ -750,6 +750,29 @@ def test_a_port_in_use_is_named(capsys):
     assert f"Port {port}" in (words := capsys.readouterr().err) and "--port" in words
 
 
+@pytest.mark.parametrize("port", ["-1", "65536", "99999"])
+def test_what_is_no_port_is_refused(port, capsys):
+    """A number that is no port is named, and no other one is taken in its place."""
+    assert main(["--port", port]) == 1
+    assert f"{port} is not a port" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--allow-origin", "viewer.example"], "viewer.example is no origin"),
+        (["--allow-origin", "https://viewer.example/"], "is no origin"),
+        (["--source", "nowhere"], "There is no folder nowhere"),
+        (["--token-file", "nowhere"], "No token can be read from nowhere: No such file"),
+        (["--viewer", "nowhere"], "nowhere is not a built viewer"),
+    ],
+)
+def test_what_cannot_be_used_is_said_at_once(options, words, capsys):
+    """An option that would be of no use is refused before anything is served."""
+    assert main(["--port", "0", *options]) == 1
+    assert words in capsys.readouterr().err
+
+
 def test_a_token_has_some_length(tmp_path, capsys):
     """An empty token file is not a token."""
     (tmp_path / "token").write_text("\n")

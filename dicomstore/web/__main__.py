@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import logging
+import re
 import socket
 import sys
 from collections.abc import Sequence
@@ -62,12 +63,13 @@ def main(words: Sequence[str] | None = None) -> int:
     """Serve until Ctrl-C; return the exit status."""
     options = parser().parse_args(words)
     try:
+        check(options)
         token = _token(options.token_file)
-        listening = listen(options.host, options.port, token)
-        if options.viewer is not None and not (options.viewer / "index.html").is_file():
-            raise ValueError(f"{options.viewer} is not a built viewer: it has no index.html.")
-        client = connect()
-        with DicomStore(client, source=options.source) as store:
+        with (
+            listen(options.host, options.port, token) as listening,
+            connect() as client,
+            DicomStore(client, source=options.source) as store,
+        ):
             for folder in options.folder:
                 store.load(folder)
             store.count_by("modality")  # makes the index, if there is none
@@ -80,13 +82,23 @@ def main(words: Sequence[str] | None = None) -> int:
             if options.viewer is not None:
                 print(f"The viewer is at http://{name}:{port}/", flush=True)
             serve(app, listening)
-        client.close()
     except (OSError, ValueError, DicomRedisError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 0
     return 0
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise ValueError if an option would be of no use."""
+    if options.viewer is not None and not (options.viewer / "index.html").is_file():
+        raise ValueError(f"{options.viewer} is not a built viewer: it has no index.html.")
+    for origin in options.allow_origin:
+        if not re.fullmatch(r"https?://[^/\s]+", origin):
+            raise ValueError(f"{origin} is no origin: write it as https://viewer.example.")
+    if options.source and "://" not in options.source and not Path(options.source).is_dir():
+        raise ValueError(f"There is no folder {options.source} to fetch from.")
 
 
 def serve(app: object, listening: socket.socket) -> None:
@@ -114,7 +126,10 @@ def server(app: object) -> uvicorn.Server:
 def _token(file: Path | None) -> str | None:
     if file is None:
         return None
-    token = file.read_text().strip()
+    try:
+        token = file.read_text().strip()
+    except OSError as error:
+        raise ValueError(f"No token can be read from {file}: {error.strerror}.") from error
     if len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token:
         raise ValueError(f"{file} has no token: write one line of 16 or more letters into it.")
     return token
@@ -122,9 +137,11 @@ def _token(file: Path | None) -> str | None:
 
 def listen(host: str, port: int, token: str | None = None) -> socket.socket:
     """Return a socket that listens at an address; without a token, only at this machine's own."""
+    if not 0 <= port < 2**16:  # getaddrinfo would take the rest of it
+        raise ValueError(f"{port} is not a port: give --port 0 to {2**16 - 1}.")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ValueError(f"{host} port {port} is not an address to listen at.") from error
     if not ipaddress.ip_address(address[0]).is_loopback:
         if token is None:
