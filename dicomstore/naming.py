@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dicomstore.blobs.versions import Versions
+from dicomstore.blobs.versions import Stored, Versions
 from dicomstore.catalogue.index import Catalogue
 from dicomstore.errors import AmbiguousNameError, MissingChunkError, NotStoredError
 from dicomstore.keys import document_key, likely_key, path_of, shown_path
@@ -80,14 +80,23 @@ class Naming:
             )
         return images[0], found
 
-    def keys(self, names: Sequence[str], mender: Mender | None = None) -> list[str]:
-        """Return the keys of the files that names mean, each once; as `members`, for many."""
-        found = []
+    def stored(
+        self, names: Sequence[str], members: Sequence[str]
+    ) -> Iterator[list[tuple[str, str, Stored | Exception | None]]]:
+        """Yield each name, the key that it likely means, and what is stored there.
+
+        One request looks up a whole list of them.
+        """
         for first in range(0, len(names), LOOK_UP):
             group = names[first : first + LOOK_UP]
             keys = list(map(likely_key, group))
-            stored = self._versions.stored(keys, ("version",))
-            for name, key, one in zip(group, keys, stored, strict=True):
+            yield list(zip(group, keys, self._versions.stored(keys, members), strict=True))
+
+    def keys(self, names: Sequence[str], mender: Mender | None = None) -> list[str]:
+        """Return the keys of the files that names mean, each once; as `members`, for many."""
+        found = []
+        for group in self.stored(names, ("version",)):
+            for name, key, one in group:
                 if isinstance(one, Exception):
                     raise one
                 found.append(key if one else self.members(name, ("version",), mender)[0])

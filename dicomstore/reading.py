@@ -26,7 +26,7 @@ from dicomstore.errors import (
     MissingChunkError,
 )
 from dicomstore.keys import likely_key, path_of, shown_path
-from dicomstore.naming import LOOK_UP, Naming
+from dicomstore.naming import Naming
 from dicomstore.server.connection import Server
 from dicomstore.tier import Mender, Tier
 
@@ -123,12 +123,9 @@ class Reading:
 
     def read_each(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
         """Yield key and bytes of files, in order: many documents and chunks in each request."""
-        for first in range(0, len(names), LOOK_UP):
-            group = names[first : first + LOOK_UP]
-            keys = list(map(likely_key, group))
-            stored = self._versions.stored(keys, STORAGE_MEMBERS)
+        for group in self._naming.stored(names, STORAGE_MEMBERS):
             ready: list[Document] = []
-            for name, found in zip(group, stored, strict=True):
+            for name, _, found in group:
                 if found is None or isinstance(found, Exception) or found.document is None:
                     yield from self._chunks_of(ready)
                     ready = []

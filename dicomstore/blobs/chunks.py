@@ -232,7 +232,8 @@ class Chunks:
         else:
             for group in _groups(documents):
                 alone = len(group) == 1
-                for piece in self.in_order(group[0]) if alone else self._read_batch(group, None):
+                pieces = self.in_order(group[0]) if alone else self._read_batch(group, None)
+                for piece in pieces:
                     write(piece)
 
     def read_each(

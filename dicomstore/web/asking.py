@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -95,10 +94,14 @@ class Asking:
 
         FT.INFO takes as long as a search that finds one instance.
         """
-        if (index := self._latest) is not None:
-            with contextlib.suppress(SearchError):  # another index may answer now
-                return await self._all(_words(index, conditions, stages))
-        return await self._all(_words(await self.index(), conditions, stages))
+        index = self._latest or await self.index()
+        try:
+            return await self._all(_words(index, conditions, stages))
+        except SearchError:
+            answering = await self.index()
+            if answering == index:
+                raise
+            return await self._all(_words(answering, conditions, stages))
 
     async def _all(self, words: Command) -> list[Row]:
         rows: list[Row] = []
